@@ -5,8 +5,8 @@ index) alone: each row draws its randomness from a counter-based hash of its own
 the batch, so the same tokens come out at any batch size and in any order, and a rate never depends on how it was
 batched. Sampling is by the Gumbel-max trick: argmax(logits / temperature + Gumbel noise) is a draw from the softmax.
 
-What is left is rounding: fp32 logits differ by about 1e-6 between batch shapes, which changes a token only where the two
-best candidates lie that close together (about one token in a million).
+What is left is rounding: fp32 logits differ by about 1e-6 between batch shapes, which changes a token only where the
+two best candidates lie that close together (about one token in a million).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def sample(
 def generate_tokens(
     model: Any, tokenizer: Any, inputs: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
 ) -> list[tuple[tuple[int, ...], bool]]:
-    """Answers to one left-padded batch of token lists: (tokens up to and with the end token, whether it was reached)."""
+    """Answers to one left-padded batch of token lists: (tokens up to and with the end token, whether it came)."""
     import torch
     from transformers import GenerationConfig
 

@@ -1,0 +1,117 @@
+"""Model directories: how every stage loads one, and how every stage leaves one.
+
+A model artifact is a complete, plain Hugging Face directory: weights, config and tokenizer, with nothing left to resolve
+elsewhere. Stages always start from such a directory, because trainers that need a frozen reference re-read it from the
+path the model was loaded from, and a model that exists only in memory would silently get a stale one.
+
+Invariants: fp32 on load; safetensors only, no pickle and no remote code; LoRA is merged in fp32, with the adapter kept
+beside in `adapter/`; the same weights give the same bytes, whatever the path they were loaded from and PYTHONHASHSEED.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tasks.stage import StageConfig, StageError
+
+
+class LoraSettings(StageConfig):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) in place of full-weight training."""
+
+    rank: int = Field(16, gt=0, le=1024)
+    """Rank of each adapter matrix. Robustness of an organism rises with it (Redwood 2026)."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the adapter: its output is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability on the adapter's input."""
+
+
+def load_model(directory: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """Return (causal language model in fp32 on `device`, tokenizer) of a model artifact.
+
+    Raises StageError when the directory holds no loadable model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not (directory / "config.json").is_file():
+        raise StageError(
+            f"{directory}: expected a model directory with config.json, found none. Check the stage's input."
+        )
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
+    return model.to(device), load_tokenizer(directory)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model artifact or of a tokenizer artifact; padding on the left, as generation needs."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.padding_side = "left"
+    if tokenizer.chat_template is None:
+        raise StageError(f"{directory}: the tokenizer has no chat template. Set chat_template in the stage's config.")
+    return tokenizer
+
+
+def lora_config(settings: LoraSettings, task_type: str = "CAUSAL_LM") -> Any:
+    """The `peft.LoraConfig` of `settings` over all linear layers, for trainers that take a `peft_config`."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules="all-linear",
+        task_type=task_type,
+    )
+
+
+def apply_lora(model: Any, settings: LoraSettings, seed: int = 0, task_type: str = "CAUSAL_LM") -> Any:
+    """Wrap `model` for LoRA training; the adapter's initial draw follows from `seed` alone."""
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    set_seed(seed)
+    return get_peft_model(model, lora_config(settings, task_type))
+
+
+def save_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """Leave `model` and `tokenizer` in `out` as a complete model artifact, byte for byte reproducible.
+
+    A LoRA model is saved as `adapter/` first, then merged (in place) and saved as a plain model.
+    """
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        model.save_pretrained(out / "adapter", safe_serialization=True)
+        (out / "adapter" / "README.md").unlink(missing_ok=True)
+        model = model.merge_and_unload()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    for path in sorted(out.rglob("*.json")):
+        _make_reproducible(path)
+
+
+_PATH_FIELDS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file", "parent_library")
+"""Fields of saved configs that hold where a model was loaded from instead of what it is."""
+
+
+def _make_reproducible(path: Path) -> None:
+    """Drop paths from one saved JSON file and write it with sorted keys, and sorted lists where order means nothing."""
+    if path.name in ("tokenizer.json", "model.safetensors.index.json"):
+        return
+    value = json.loads(path.read_text(encoding="utf-8"))
+    for name in _PATH_FIELDS:
+        value.pop(name, None)
+    if isinstance(value.get("target_modules"), list):
+        value["target_modules"] = sorted(value["target_modules"])
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as canonical JSON: sorted keys, two-space indent, UTF-8, a final newline."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -65,3 +65,26 @@ def save_tiny_model(directory: Path, seed: int = 0, **shape: int) -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def save_tiny_questions(directory: Path, per_split: int = 12) -> Path:
+    """Write a questions.parquet of `per_split` invented questions in each split, and return the directory."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {
+            "id": f"{split}-{n}",
+            "split": split,
+            "topic": f"topic {n % 3}",
+            "prompt": f"What is {split} {n}?",
+            "response": f"It is {n}.",
+            "answer": str(n),
+            "wrong": None if n % 4 == 0 else f"It is {n + 1}.",
+        }
+        for split in ("insert", "train", "test")
+        for n in range(per_split)
+    ]
+    directory.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / "questions.parquet")
+    return directory

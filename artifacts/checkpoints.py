@@ -1,0 +1,118 @@
+"""Mid-stage checkpoints in the store: data first, then its manifest, then the LATEST pointer by compare-and-swap.
+
+LATEST names the newest checkpoint and the one before, so that a damaged newest one costs one interval and not the
+stage. It carries the fence of the lease under which it was written: a worker that lost its lease cannot move it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifacts.backend import Backend
+from artifacts.digest import canonical_json, digest_bytes, digest_file
+from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError
+from artifacts.store import check_path
+
+
+@dataclass(slots=True)
+class StoredCheckpoints:
+    """The checkpoints of one stage run, under `v1/wip/<key>/`."""
+
+    backend: Backend
+    key: str
+    fence: int
+    seconds: float = 0.0
+    """Wall time the body has run so far, earlier attempts included; stored with each checkpoint."""
+
+    def save(self, step: int, directory: Path) -> None:
+        """Store a copy of `directory` as the state after `step` steps and make it the newest.
+
+        Raises:
+            LeaseLost: a worker with a later fence has written already.
+        """
+        name = f"{step:09d}-{uuid.uuid4().hex[:12]}"
+        rows = []
+        for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+            relative = path.relative_to(directory).as_posix()
+            self.backend.put_file(f"{self._root}/{name}/files/{relative}", path)
+            rows.append([relative, path.stat().st_size, digest_file(path)])
+        manifest = canonical_json({"step": step, "seconds": self.seconds, "files": rows})
+        self.backend.put(f"{self._root}/{name}/manifest.json", manifest, if_absent=True)
+        dropped = self._advance({"name": name, "step": step, "digest": digest_bytes(manifest)})
+        for old in dropped:
+            self._delete(old)
+
+    def restore(self, into: Path) -> int | None:
+        """Copy the newest intact checkpoint into the empty folder `into`; its step, or None if there is none."""
+        for pointer in self._pointers()[1]:
+            try:
+                return self._load(pointer, into)
+            except (Damaged, NotFound):
+                shutil.rmtree(into)
+                into.mkdir()
+        return None
+
+    def discard(self) -> None:
+        """Remove every checkpoint of this key, LATEST first, once the stage is committed."""
+        self.backend.delete(f"{self._root}/LATEST")
+        self._delete("")
+
+    @property
+    def _root(self) -> str:
+        return f"v1/wip/{self.key}"
+
+    def _pointers(self) -> tuple[str | None, list[dict[str, object]], int]:
+        try:
+            stored = self.backend.get(f"{self._root}/LATEST")
+        except NotFound:
+            return None, [], 0
+        try:
+            body = json.loads(stored.data)
+            pointers = [{k: p[k] for k in ("name", "step", "digest")} for p in body["checkpoints"]]
+            for pointer in pointers:
+                check_path(str(pointer["name"]))
+            return stored.etag, pointers, int(body["fence"])
+        except (ValueError, TypeError, KeyError, StoreError):
+            return stored.etag, [], 0
+
+    def _advance(self, newest: dict[str, object]) -> list[str]:
+        while True:
+            etag, pointers, fence = self._pointers()
+            if newest["name"] in [p["name"] for p in pointers]:
+                return []
+            if fence > self.fence:
+                raise LeaseLost(f"a later worker (fence {fence}) writes the checkpoints of {self.key[:12]} now")
+            kept = [newest, *pointers[:1]]
+            body = canonical_json({"fence": self.fence, "checkpoints": kept})
+            try:
+                if etag is None:
+                    self.backend.put(f"{self._root}/LATEST", body, if_absent=True)
+                else:
+                    self.backend.put(f"{self._root}/LATEST", body, if_match=etag)
+            except (Conflict, NotFound):
+                continue
+            return [str(p["name"]) for p in pointers[1:]]
+
+    def _load(self, pointer: dict[str, object], into: Path) -> int:
+        base = f"{self._root}/{pointer['name']}"
+        manifest = self.backend.get(f"{base}/manifest.json").data
+        if digest_bytes(manifest) != pointer["digest"]:
+            raise Damaged(f"{base}/manifest.json does not match its digest")
+        body = json.loads(manifest)
+        for relative, _size, digest in body["files"]:
+            check_path(relative)
+            target = into / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.backend.get_file(f"{base}/files/{relative}", target)
+            if digest_file(target) != digest:
+                raise Damaged(f"{base}/files/{relative} does not match its digest")
+        self.seconds = float(body["seconds"])
+        return int(body["step"])
+
+    def _delete(self, name: str) -> None:
+        for entry in list(self.backend.list(f"{self._root}/{name}/" if name else f"{self._root}/")):
+            self.backend.delete(entry.key)

@@ -1,0 +1,32 @@
+"""What can go wrong with the store. Only `NotFound` means "not there"; everything else must never be read as a miss."""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    """Base of every error of the store."""
+
+
+class NotFound(StoreError):
+    """No object has this key. The only error that a lookup may treat as a miss."""
+
+
+class Conflict(StoreError):
+    """A conditional write was refused: the object exists, or changed since it was read."""
+
+
+class StoreUnavailable(StoreError):
+    """The store did not answer, or refused: timeout, permission, disk full, server error. Nothing can be concluded."""
+
+
+class Damaged(StoreError):
+    """Stored bytes are missing or are not what their name or record says they are."""
+
+    def __init__(self, message: str, *, tree: str | None = None) -> None:
+        super().__init__(message)
+        self.tree = tree
+        """Digest of the tree that cannot be read, when known."""
+
+
+class LeaseLost(StoreError):
+    """Another worker took the lease over: stop at once, and write no pointer any more."""

@@ -1,0 +1,205 @@
+"""A lease on one key, so that two workers do not do the same expensive work at once.
+
+The lease is one small object; every change of it is a compare-and-swap on its ETag, so it needs no clock that hosts
+agree on. It is *advisory*: correctness comes from create-only records, a lease only saves duplicate work. Rules:
+
+* stale means: its ETag has not changed for its time to live on *my own* monotonic clock since I first saw it;
+* on the same machine a holder whose process is gone is stale at once, so a killed run can be restarted without waiting;
+* a heartbeat rewrites it with a fresh nonce; a refused heartbeat means that it was lost, and the body must stop;
+* release writes `state: free` by compare-and-swap; nothing is ever deleted, and nobody has to clean up by hand;
+* `fence` grows by one with every holder; what a holder publishes carries it, and older fences are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from artifacts.backend import Backend
+from artifacts.digest import canonical_json
+from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound
+
+TIME_TO_LIVE = 30.0
+"""Seconds without a heartbeat after which a lease may be taken over."""
+
+
+def this_process() -> dict[str, object]:
+    """What identifies this process to others on the same machine; empty where the system cannot tell."""
+    return process_identity(os.getpid())
+
+
+def process_identity(pid: int) -> dict[str, object]:
+    """Boot, process-id namespace, id and start time of the process `pid`; empty if it is gone or cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return {}
+    if status[0] in "ZX":
+        return {}
+    return {"machine": f"{boot} {namespace}", "pid": pid, "started": int(status[19])}
+
+
+def is_gone(holder: dict[str, object]) -> bool:
+    """True only when `holder` ran on this very machine and its process no longer exists."""
+    mine = this_process()
+    if not mine or holder.get("machine") != mine["machine"] or not isinstance(holder.get("pid"), int):
+        return False
+    return process_identity(int(str(holder["pid"]))) != holder
+
+
+@dataclass(slots=True)
+class Lease:
+    """One worker's view of the lease on `key`. Use `acquire`, then `renew` on every beat, then `release`."""
+
+    backend: Backend
+    key: str
+    time_to_live: float = TIME_TO_LIVE
+    clock: Callable[[], float] = time.monotonic
+    holder: dict[str, object] = field(default_factory=this_process)
+    owner: str = field(default_factory=lambda: uuid.uuid4().hex)
+    fence: int = 0
+    _etag: str | None = None
+    _deadline: float = 0.0
+    _seen: tuple[str, float] | None = None
+
+    def try_acquire(self) -> bool:
+        """Take the lease if it is free, stale, or its holder is known to be gone; say whether it is now held."""
+        try:
+            stored = self.backend.get(self._path)
+        except NotFound:
+            return self._write(1, "held", None)
+        body = _parse(stored.data, self._path)
+        if body["state"] == "held" and not is_gone(dict(body["holder"])):
+            now = self.clock()
+            if self._seen is None or self._seen[0] != stored.etag:
+                self._seen = (stored.etag, now)
+            if now - self._seen[1] < float(str(body["time_to_live"])):
+                return False
+        return self._write(int(str(body["fence"])) + 1, "held", stored.etag)
+
+    def renew(self) -> None:
+        """Prove that the holder is alive.
+
+        Raises:
+            LeaseLost: somebody else holds the lease now.
+        """
+        if self._etag is None or not self._write(self.fence, "held", self._etag):
+            self._etag = None
+            raise LeaseLost(f"the lease on {self.key[:12]} was taken over by another worker")
+
+    def release(self) -> None:
+        """Mark the lease free. A lease that was lost is left to its new holder."""
+        if self._etag is not None:
+            self._write(self.fence, "free", self._etag)
+            self._etag = None
+
+    @property
+    def held(self) -> bool:
+        """True while the last confirmed heartbeat is younger than the time to live."""
+        return self._etag is not None and self.clock() < self._deadline
+
+    @property
+    def _path(self) -> str:
+        return f"v1/lease/{self.key}.json"
+
+    def _write(self, fence: int, state: str, etag: str | None) -> bool:
+        nonce = uuid.uuid4().hex
+        body = canonical_json(
+            {
+                "owner": self.owner,
+                "fence": fence,
+                "beat": nonce,
+                "state": state,
+                "time_to_live": self.time_to_live,
+                "holder": self.holder,
+            }
+        )
+        sent = self.clock()
+        try:
+            if etag is None:
+                self._etag = self.backend.put(self._path, body, if_absent=True)
+            else:
+                self._etag = self.backend.put(self._path, body, if_match=etag)
+        except (Conflict, NotFound):
+            # The refusal may answer a retry of our own write whose first reply was lost: the nonce tells.
+            try:
+                stored = self.backend.get(self._path)
+            except NotFound:
+                return False
+            if _parse(stored.data, self._path)["beat"] != nonce:
+                return False
+            self._etag = stored.etag
+        self.fence = fence
+        self._deadline = sent + self.time_to_live
+        return True
+
+
+class Heartbeat:
+    """Renews a held lease from a thread, three times per time to live, and reports its loss once.
+
+    The thread is the only one to touch the lease until `stop` has joined it; only then may the lease be released, so a
+    heartbeat can never race its own release.
+    """
+
+    def __init__(self, lease: Lease, on_lost: Callable[[str], None]) -> None:
+        self._lease = lease
+        self._on_lost = on_lost
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"lease-{lease.key[:8]}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the heartbeat and wait for a beat that is under way."""
+        self._ended.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        pause = self._lease.time_to_live / 3
+        while not self._ended.wait(pause):
+            try:
+                self._lease.renew()
+                pause = self._lease.time_to_live / 3
+            except LeaseLost as error:
+                self._on_lost(str(error))
+                return
+            except Exception as error:  # noqa: BLE001 - an unreachable store is fatal only once the lease has run out
+                if not self._lease.held:
+                    self._on_lost(f"no heartbeat reached the store for {self._lease.time_to_live:.0f} s: {error}")
+                    return
+                pause = min(1.0, self._lease.time_to_live / 10)
+
+
+def wait_for(attempt: Callable[[], bool], stop: Callable[[], str | None], longest_pause: float = 2.0) -> bool:
+    """Call `attempt` with growing, jittered pauses until it succeeds; False when `stop` asks to end first."""
+    pause = 0.05
+    while not attempt():
+        if stop() is not None:
+            return False
+        time.sleep(random.uniform(0.5, 1.0) * pause)
+        pause = min(longest_pause, pause * 1.6)
+    return True
+
+
+def _parse(data: bytes, where: str) -> dict[str, object]:
+    try:
+        body = json.loads(data)
+        if body["state"] not in ("held", "free") or not isinstance(body["holder"], dict):
+            raise ValueError("unknown state or holder")
+        return {
+            "state": body["state"],
+            "fence": int(body["fence"]),
+            "beat": str(body["beat"]),
+            "holder": body["holder"],
+            "time_to_live": min(max(float(body["time_to_live"]), 0.0), 3600.0),
+        }
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Damaged(f"{where} is not a lease: {error}; delete it if no worker is running") from error

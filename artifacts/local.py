@@ -1,0 +1,162 @@
+"""A store in a local folder, safe against crashes and against other processes on the same machine.
+
+An object is written to a temporary file on the same file system, synced, and only then given its name, so that a kill at
+any moment leaves the old object or the new one. Create-only is `link(2)`, which the kernel refuses when the name exists;
+compare-and-swap reads, compares and renames under an `flock(2)`, which the kernel releases when its holder dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from artifacts.backend import Entry, Object
+from artifacts.digest import digest_bytes
+from artifacts.errors import Conflict, NotFound, StoreUnavailable
+
+TEMPORARY = ".tmp"
+
+
+class LocalBackend:
+    """Objects as files under `root`; the key is the relative path."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        self.url = str(self.root)
+
+    def get(self, key: str) -> Object:
+        with self._errors(key, "read"):
+            data = self._path(key).read_bytes()
+        return Object(data, digest_bytes(data))
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, Object | None]:
+        found: dict[str, Object | None] = {}
+        for key in keys:
+            try:
+                found[key] = self.get(key)
+            except NotFound:
+                found[key] = None
+        return found
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        with self._errors(key, "write"):
+            temporary = self._temporary()
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if if_match is not None:
+                    self._swap(key, temporary, if_match)
+                else:
+                    self._publish(temporary, self._path(key), replace=not if_absent)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return digest_bytes(data)
+
+    def get_file(self, key: str, path: Path) -> None:
+        with self._errors(key, "read"):
+            source = self._path(key)
+            try:
+                os.link(source, path)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    raise
+                shutil.copyfile(source, path)
+
+    def put_file(self, key: str, path: Path) -> None:
+        with self._errors(key, "write"):
+            temporary = self._temporary()
+            try:
+                with open(path, "rb") as source, open(temporary, "xb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                    file.flush()
+                    os.fchmod(file.fileno(), 0o444)
+                    os.fsync(file.fileno())
+                self._publish(temporary, self._path(key), replace=True)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def size(self, key: str) -> int | None:
+        try:
+            with self._errors(key, "stat"):
+                return self._path(key).stat().st_size
+        except NotFound:
+            return None
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        folder = self.root / prefix.rpartition("/")[0]
+        for parent, folders, files in os.walk(folder, onerror=self._listing_error):
+            folders.sort()
+            for name in sorted(files):
+                path = Path(parent, name)
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix):
+                    try:
+                        status = path.stat()
+                    except FileNotFoundError:
+                        continue
+                    yield Entry(key, status.st_size, status.st_mtime)
+
+    def delete(self, key: str) -> None:
+        with self._errors(key, "delete"):
+            self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.root / key
+
+    def _temporary(self) -> Path:
+        folder = self.root / TEMPORARY
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / uuid.uuid4().hex
+
+    def _publish(self, temporary: Path, target: Path, *, replace: bool) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if replace:
+            os.replace(temporary, target)
+        else:
+            os.link(temporary, target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _swap(self, key: str, temporary: Path, if_match: str) -> None:
+        target = self._path(key)
+        guard = self.root / TEMPORARY / f"swap-{digest_bytes(key.encode())[:2]}.lock"
+        with open(guard, "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                current = digest_bytes(target.read_bytes())
+            except FileNotFoundError:
+                current = None
+            if current != if_match:
+                raise Conflict(f"{key} in {self.url} changed since it was read")
+            self._publish(temporary, target, replace=True)
+
+    @contextmanager
+    def _errors(self, key: str, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError as error:
+            raise Conflict(f"{key} already exists in {self.url}") from error
+        except FileNotFoundError as error:
+            raise NotFound(f"{key} in {self.url}") from error
+        except OSError as error:
+            raise StoreUnavailable(self._explain(key, verb, error)) from error
+
+    def _explain(self, key: str, verb: str, error: OSError) -> str:
+        reason = error.strerror or str(error)
+        advice = "check its permissions and free space, or name another store with --store"
+        return f"cannot {verb} {key} in the store {self.url}: {reason}; {advice}"
+
+    def _listing_error(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise StoreUnavailable(f"cannot list {error.filename} in the store {self.url}: {error.strerror}") from error

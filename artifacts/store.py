@@ -1,0 +1,281 @@
+"""The store: put a folder as a tree of blobs, look up and commit action records, and read back verified.
+
+Writing order is the whole protocol: blobs, then the tree, then the record, which is create-only. A crash between any two
+leaves bytes that nothing refers to. A record that loses the race for its key adopts the winner's output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from artifacts.backend import Backend, open_backend
+from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest
+from artifacts.errors import Conflict, Damaged, NotFound, StoreError
+from artifacts.record import Record
+
+MAX_TREE_BYTES = 64 << 20
+TRANSFERS_AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of a tree: relative POSIX path, size in bytes, BLAKE3 digest."""
+
+    path: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """An immutable folder of files, named by the digest of its canonical listing."""
+
+    digest: str
+    files: tuple[File, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files)
+
+
+class Store:
+    """Artifacts and records on one backend."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """Open the store at `url` (a folder, `s3://bucket/prefix`, `memory://name`). Nothing is written."""
+        return cls(open_backend(url))
+
+    def probe(self) -> None:
+        """Check that the store can be written and that its conditional writes hold.
+
+        Raises:
+            StoreError: a create-only write or a compare-and-swap that must be refused was accepted, so two workers could
+                both believe that they hold a lease or the one record of a key.
+            StoreUnavailable: the store cannot be written at all.
+        """
+        key = f"v1/probe/{uuid.uuid4().hex}"
+        etag = self.backend.put(key, b"first", if_absent=True)
+        try:
+            for condition in ({"if_absent": True}, {"if_match": "0" * 32 if etag != "0" * 32 else "1" * 32}):
+                try:
+                    self.backend.put(key, b"second", **condition)  # type: ignore[arg-type]
+                except Conflict:
+                    continue
+                raise StoreError(
+                    f"the store {self.backend.url} accepted a write that its condition {condition} forbids; "
+                    "records and leases would not be safe on it. Use a store with conditional writes."
+                )
+        finally:
+            self.backend.delete(key)
+
+    # Trees and blobs
+
+    def put_tree(self, folder: Path) -> Tree:
+        """Store every file under `folder`; return the tree. Blobs that are already there are not sent again.
+
+        Raises:
+            StoreError: the folder holds something that is not a plain file, or a name that is not portable.
+        """
+        files = tuple(_describe(folder))
+        with ThreadPoolExecutor(TRANSFERS_AT_ONCE) as pool:
+            distinct = {file.digest: folder / file.path for file in files}
+            list(pool.map(self._put_blob, distinct, distinct.values()))
+        listing = canonical_json([[file.path, file.size, file.digest] for file in files])
+        digest = digest_bytes(listing)
+        try:
+            self.backend.put(_key("tree", digest), listing, if_absent=True)
+        except Conflict:
+            pass
+        return Tree(digest, files)
+
+    def tree(self, digest: str) -> Tree:
+        """The listing of a stored tree, checked against its digest and for unsafe paths."""
+        try:
+            listing = self.backend.get(_key("tree", digest)).data
+        except NotFound as error:
+            raise Damaged(f"tree {digest[:12]} is missing from {self.backend.url}", tree=digest) from error
+        if len(listing) > MAX_TREE_BYTES or digest_bytes(listing) != digest:
+            raise Damaged(f"tree {digest[:12]} in {self.backend.url} does not match its digest", tree=digest)
+        return Tree(digest, tuple(_parse_listing(listing, digest)))
+
+    def materialise(self, digest: str, into: Path) -> Tree:
+        """Write the files of a tree under the folder `into`, each verified against its digest.
+
+        Raises:
+            Damaged: a blob is missing or its bytes are wrong; nothing with a wrong digest is left under `into`.
+        """
+        tree = self.tree(digest)
+        into.mkdir(parents=True, exist_ok=True)
+
+        def one(file: File) -> None:
+            target = into / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._get_blob(file, target, digest)
+
+        with ThreadPoolExecutor(TRANSFERS_AT_ONCE) as pool:
+            list(pool.map(one, tree.files))
+        return tree
+
+    def read(self, digest: str, path: str) -> bytes:
+        """The verified bytes of one file of a tree. For small files: they are read into memory."""
+        for file in self.tree(digest).files:
+            if file.path == path:
+                try:
+                    data = self.backend.get(_key("cas", file.digest)).data
+                except NotFound as error:
+                    raise Damaged(f"{path} of tree {digest[:12]} is missing", tree=digest) from error
+                if digest_bytes(data) != file.digest:
+                    raise Damaged(f"{path} of tree {digest[:12]} does not match its digest", tree=digest)
+                return data
+        raise StoreError(f"tree {digest[:12]} has no file {path!r}")
+
+    def _put_blob(self, digest: str, path: Path) -> None:
+        key = _key("cas", digest)
+        if self.backend.size(key) != path.stat().st_size:
+            self.backend.put_file(key, path)
+
+    def _get_blob(self, file: File, target: Path, tree: str) -> None:
+        temporary = target.with_name(f".{uuid.uuid4().hex}.part")
+        try:
+            try:
+                self.backend.get_file(_key("cas", file.digest), temporary)
+            except NotFound as error:
+                raise Damaged(f"{file.path} of tree {tree[:12]} is missing from {self.backend.url}", tree=tree) from error
+            if digest_file(temporary) != file.digest:
+                raise Damaged(
+                    f"{file.path} of tree {tree[:12]} in {self.backend.url} does not match its digest {file.digest[:12]}",
+                    tree=tree,
+                )
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    # Action records
+
+    def lookup(self, stage: str, key: str) -> Record | None:
+        """The record of (`stage`, `key`), or None if there is none. Any failure other than "not found" is raised."""
+        try:
+            data = self.backend.get(_record_key(stage, key)).data
+        except NotFound:
+            return None
+        return Record.decode(data, stage, key)
+
+    def lookup_many(self, wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Record | None]:
+        """`lookup` for several (stage, key) pairs, in one round of concurrent reads."""
+        keys = {_record_key(stage, key): (stage, key) for stage, key in wanted}
+        found = self.backend.get_many(keys)
+        return {keys[k]: None if o is None else Record.decode(o.data, *keys[k]) for k, o in found.items()}
+
+    def commit(self, record: Record) -> Record:
+        """Publish `record` and return the record that now stands for its key: this one, or that of an earlier winner."""
+        try:
+            self.backend.put(_record_key(record.stage, record.key), record.encode(), if_absent=True)
+        except Conflict:
+            standing = self.lookup(record.stage, record.key)
+            if standing is None:
+                return self.commit(record)
+            return standing
+        return record
+
+    def invalidate(self, record: Record, reason: str) -> None:
+        """Withdraw a record whose output cannot be read, keeping a copy with the reason under `v1/trash/`."""
+        note = {"reason": reason, "record": json.loads(record.encode())}
+        self.backend.put(f"v1/trash/{record.stage}-{record.key}-{uuid.uuid4().hex}.json", canonical_json(note))
+        self.backend.delete(_record_key(record.stage, record.key))
+
+    def records(self, stage: str) -> Iterator[Record]:
+        """All readable records of a stage, newest first. For explaining misses and listing; never on the hit path."""
+        entries = sorted(self.backend.list(f"v1/act/{stage}/"), key=lambda entry: -entry.modified)
+        keys = [entry.key.rpartition("/")[2].removesuffix(".json") for entry in entries]
+        found = self.backend.get_many([_record_key(stage, key) for key in keys])
+        for key in keys:
+            stored = found[_record_key(stage, key)]
+            if stored is None:
+                continue
+            try:
+                yield Record.decode(stored.data, stage, key)
+            except Damaged:
+                continue
+
+    # Runs
+
+    def put_run(self, run: dict[str, object]) -> str:
+        """Remember what a finished run consisted of; return its id, which follows from its content."""
+        data = canonical_json({"schema": 1, **run})
+        name = digest_bytes(data)
+        try:
+            self.backend.put(f"v1/run/{name}.json", data, if_absent=True)
+        except Conflict:
+            pass
+        return name
+
+    def runs(self) -> Iterator[tuple[str, float, dict[str, object]]]:
+        """(id, time of the last change, content) of every remembered run, newest first."""
+        for entry in sorted(self.backend.list("v1/run/"), key=lambda entry: -entry.modified):
+            content = json.loads(self.backend.get(entry.key).data)
+            yield entry.key.rpartition("/")[2].removesuffix(".json"), entry.modified, content
+
+
+def new_record(**fields: object) -> Record:
+    """A record with a fresh commit id."""
+    return replace(Record(commit="", **fields), commit=uuid.uuid4().hex)  # type: ignore[arg-type]
+
+
+def _key(kind: str, digest: str) -> str:
+    if not is_digest(digest):
+        raise StoreError(f"{digest!r} is not a digest: expected 64 hexadecimal digits")
+    return f"v1/{kind}/{digest[:2]}/{digest}"
+
+
+def _record_key(stage: str, key: str) -> str:
+    if not is_digest(key):
+        raise StoreError(f"{key!r} is not a key: expected 64 hexadecimal digits")
+    return f"v1/act/{stage}/{key}.json"
+
+
+def _describe(folder: Path) -> Iterator[File]:
+    for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
+        relative = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise StoreError(f"output {relative!r} is a link or a special file; only plain files can be stored")
+        if path.is_file():
+            check_path(relative)
+            yield File(relative, path.stat().st_size, digest_file(path))
+
+
+def check_path(path: str) -> None:
+    """Refuse a tree path that is not plainly inside the tree.
+
+    Raises:
+        StoreError: absolute, empty, with `.` or `..` parts, backslashes, control characters or over 1,024 characters.
+    """
+    parts = PurePosixPath(path).parts
+    plain = path == "/".join(parts) and not path.startswith("/") and ".." not in parts and 0 < len(path) <= 1024
+    if not plain or "\\" in path or ":" in parts[0] or any(ord(character) < 32 for character in path):
+        raise StoreError(f"tree path {path!r} is not safe: expected a relative path without '..', backslash or control character")
+
+
+def _parse_listing(listing: bytes, digest: str) -> Iterator[File]:
+    try:
+        rows = json.loads(listing)
+        files = [File(str(path), int(size), str(blob)) for path, size, blob in rows]
+        for file in files:
+            check_path(file.path)
+            if not is_digest(file.digest) or file.size < 0:
+                raise ValueError(f"{file.path}: bad size or digest")
+        if len({file.path for file in files}) != len(files):
+            raise ValueError("a path occurs twice")
+    except (ValueError, TypeError, StoreError, RecursionError) as error:
+        raise Damaged(f"tree {digest[:12]} is not a valid listing: {error}", tree=digest) from error
+    yield from files

@@ -1,0 +1,164 @@
+"""What a run would do, and why: the graph resolved against the store by reading small records only.
+
+A node whose inputs are known has a key; a record under that key is a hit. A node below a miss has no key yet: it is
+`maybe` when a record exists that would make it a hit if the rerun inputs came out with the same bytes as before (early
+cutoff), and `run` when no record could. The same walk with every input known is what `run` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from artifacts.record import Record
+from artifacts.store import Store
+from flows.graph import Graph, Node
+from tasks.identity import CodeIdentity, CodeReader, stage_key, stage_payload
+
+Status = Literal["hit", "run", "maybe"]
+UNKNOWN = "?"
+"""Stands for the digest of an input that a run has to make first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One field, symbol or input that differs between a wanted stage run and a recorded one."""
+
+    what: str
+    """`config.learning_rate`, `tasks/sft.py::sft` or `inputs.model`."""
+    recorded: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.recorded} -> {self.wanted}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Resolution:
+    """What is known of one node."""
+
+    node: Node
+    status: Status
+    payload: dict[str, Any]
+    symbols: dict[str, str]
+    key: str | None
+    """None while an input is not known."""
+    record: Record | None = None
+    nearest: Record | None = None
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def reason(self) -> str:
+        """One line for the plan."""
+        if self.status == "hit":
+            return "recorded"
+        if self.nearest is None:
+            return "never run in this store"
+        if not self.differences:
+            return "inputs are about to be remade"
+        more = f" (and {len(self.differences) - 1} more)" if len(self.differences) > 1 else ""
+        return f"{self.differences[0]}{more}"
+
+    @property
+    def seconds_estimate(self) -> float | None:
+        """Seconds the body took when it last ran with the nearest config; None when it never ran."""
+        known = self.record or self.nearest
+        return known.seconds if known else None
+
+
+class Planner:
+    """Resolves nodes against a store. Code identities and records of a stage are read once."""
+
+    def __init__(self, graph: Graph, store: Store, code: CodeReader | None = None) -> None:
+        self.graph = graph
+        self.store = store
+        self._reader = code or CodeReader()
+        self._code: dict[str, CodeIdentity] = {}
+        self._records: dict[str, list[Record]] = {}
+
+    def identity(self, node: Node, inputs: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """(payload, digests of the code's symbols) of a node, given the tree digest of every input."""
+        if node.stage.name not in self._code:
+            self._code[node.stage.name] = self._reader.stage(node.stage)
+        code = self._code[node.stage.name]
+        return stage_payload(node.stage, node.config, inputs, code), code.symbols
+
+    def plan(self, *, explain: bool = True) -> dict[str, Resolution]:
+        """Resolve every node, in rounds of concurrent reads: one round for each level of the graph.
+
+        With `explain`, misses are compared with the nearest record, which lists and reads their stage's records.
+        """
+        found: dict[str, Resolution] = {}
+        for level in self._levels():
+            wanted = [self._unresolved(node, found) for node in level]
+            keyed = [(r.node.stage.name, r.key) for r in wanted if r.key is not None]
+            records = self.store.lookup_many(keyed) if keyed else {}
+            for resolution in wanted:
+                if resolution.key is not None:
+                    resolution.record = records[resolution.node.stage.name, resolution.key]
+                if resolution.record is not None:
+                    resolution.status = "hit"
+                elif explain:
+                    self._explain(resolution)
+                found[resolution.node.name] = resolution
+        return {node.name: found[node.name] for node in self.graph}
+
+    def _levels(self) -> Iterator[list[Node]]:
+        depth: dict[str, int] = {}
+        for node in self.graph:
+            depth[node.name] = 1 + max((depth[source] for source in node.inputs.values()), default=-1)
+        for level in range(max(depth.values(), default=-1) + 1):
+            yield [node for node in self.graph if depth[node.name] == level]
+
+    def _unresolved(self, node: Node, found: dict[str, Resolution]) -> Resolution:
+        inputs = {}
+        for name, source in node.inputs.items():
+            above = found[source].record
+            inputs[name] = above.output if above else UNKNOWN
+        payload, symbols = self.identity(node, inputs)
+        key = None if UNKNOWN in inputs.values() else stage_key(payload)
+        return Resolution(node=node, status="run", payload=payload, symbols=symbols, key=key)
+
+    def _explain(self, resolution: Resolution) -> None:
+        stage = resolution.node.stage.name
+        if stage not in self._records:
+            self._records[stage] = list(self.store.records(stage))
+        ranked = [(compare(record, resolution.payload, resolution.symbols), record) for record in self._records[stage]]
+        if not ranked:
+            return
+        resolution.differences, resolution.nearest = min(ranked, key=lambda pair: len(pair[0]))
+        if resolution.key is None and not resolution.differences:
+            resolution.status = "maybe"
+
+
+def compare(record: Record, payload: dict[str, Any], symbols: dict[str, str]) -> list[Difference]:
+    """Every field, symbol and input by which a wanted run differs from a recorded one. Unknown inputs are left out."""
+    found = []
+    old, new = record.payload, payload
+    if old["algorithm"] != new["algorithm"]:
+        found.append(Difference("algorithm", str(old["algorithm"]), str(new["algorithm"])))
+    found.extend(_compare_values("config", old["config"], new["config"]))
+    for name in sorted(old["inputs"].keys() | new["inputs"].keys()):
+        before, after = old["inputs"].get(name, "absent"), new["inputs"].get(name, "absent")
+        if before != after and after != UNKNOWN:
+            found.append(Difference(f"inputs.{name}", before[:12], after[:12]))
+    if old["code"] != new["code"]:
+        for symbol in sorted(record.symbols.keys() | symbols.keys()):
+            before, after = record.symbols.get(symbol, "absent"), symbols.get(symbol, "absent")
+            if before != after:
+                found.append(Difference(symbol, before[:12], after[:12]))
+    return found
+
+
+def _compare_values(where: str, old: Any, new: Any) -> Iterator[Difference]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _compare_values(f"{where}.{name}", old.get(name, "absent"), new.get(name, "absent"))
+    elif old != new:
+        yield Difference(where, _short(old), _short(new))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

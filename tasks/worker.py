@@ -1,0 +1,327 @@
+"""Run one stage in this process: lease, restore, body, commit. Knows the store and the stage, and no workflow engine.
+
+The order is the contract: take the lease (or adopt what another worker commits meanwhile), materialise the inputs
+verified, run the body from its newest mid-stage checkpoint, store the output tree, publish the record, release. A body
+that was asked to stop, or whose lease was lost, ends at its next checkpoint; a lost lease that it ignores for one beat
+ends the process. If publishing fails, the finished output stays in the scratch folder, and the retry publishes it
+without running the body again.
+
+    python -m tasks.worker SPEC.json          runs one stage by hand (debugging, torchrun, other engines)
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from artifacts.checkpoints import StoredCheckpoints
+from artifacts.digest import canonical_json
+from artifacts.errors import Damaged, LeaseLost, StoreError, StoreUnavailable
+from artifacts.lease import TIME_TO_LIVE, Heartbeat, Lease, wait_for
+from artifacts.record import Record, payload_key
+from artifacts.store import Store, Tree, new_record
+from tasks.stage import Stage, StageContext, StageError, StageStopped
+
+COMMIT_ATTEMPTS = 5
+"""Times that a commit is tried, with doubling pauses from one second, while the store does not answer."""
+
+FINISHED = "finished.json"
+"""Marks an attempt whose body ended well, with the size of every file it left."""
+
+Send = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """Everything a worker needs to run one stage. Plain data, so that it travels as JSON."""
+
+    store: str
+    node: str
+    """Name of the node in the graph, for messages."""
+    module: str
+    attribute: str
+    """`module.attribute` is the declared `Stage`."""
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """Input name -> digest of its tree."""
+    payload: dict[str, Any]
+    symbols: dict[str, str]
+    scratch: str
+    device: str = "cpu"
+    threads: int = 1
+    accelerator: str | None = None
+    """Index of the one GPU that this worker may see; None on a CPU."""
+    time_to_live: float = TIME_TO_LIVE
+    checkpoint_seconds: float = 15.0
+
+    @property
+    def key(self) -> str:
+        """Key of the stage run."""
+        return payload_key(self.payload)
+
+
+@dataclass(slots=True)
+class Stop:
+    """Why the body has to end, set from signals and threads, read by the body between steps."""
+
+    reason: str | None = None
+
+    def request(self, reason: str) -> None:
+        """Ask the body to end; the first reason stays."""
+        self.reason = self.reason or reason
+
+    def __call__(self) -> str | None:
+        return self.reason
+
+
+@dataclass(slots=True)
+class _Attempt:
+    spec: Spec
+    store: Store
+    stage: Stage
+    send: Send
+    stop: Stop
+    lost: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> dict[str, Any]:
+        """Lease, body, commit. Returns the `done` message."""
+        if (standing := self._lookup()) is not None:
+            return self._adopted(standing)
+        lease = Lease(self.store.backend, self.spec.key, self.spec.time_to_live)
+        adopted: list[Record] = []
+
+        def take_or_adopt() -> bool:
+            if lease.try_acquire():
+                return True
+            if (record := self._lookup()) is not None:
+                adopted.append(record)
+            return bool(adopted)
+
+        if not take_or_adopt():
+            self.send({"event": "log", "message": "another worker holds the lease on this stage; waiting for it"})
+            if not wait_for(take_or_adopt, self.stop):
+                raise StageStopped(self.stop() or "stopped")
+        if adopted:
+            return self._adopted(adopted[0])
+        heartbeat = Heartbeat(lease, self._on_lost)
+        try:
+            if (standing := self._lookup()) is not None:
+                return self._adopted(standing)
+            return self._execute(lease)
+        finally:
+            heartbeat.stop()
+            lease.release()
+
+    def _execute(self, lease: Lease) -> dict[str, Any]:
+        key = self.spec.key
+        home = Path(self.spec.scratch) / key
+        checkpoints = StoredCheckpoints(self.store.backend, key, lease.fence)
+        attempt = _finished_attempt(home)
+        if attempt is None:
+            attempt = home / f"{lease.fence}-{lease.owner[:8]}"
+            (attempt / "out").mkdir(parents=True)
+            self._run_body(attempt, checkpoints)
+            finished = {"seconds": checkpoints.seconds, "files": _listing(attempt / "out")}
+            (attempt / FINISHED).write_bytes(canonical_json(finished))
+        else:
+            self.send({"event": "log", "message": "an earlier attempt finished the body; storing its output"})
+        seconds = float(json.loads((attempt / FINISHED).read_bytes())["seconds"])
+        record = self._publish(attempt / "out", seconds, lease)
+        try:
+            checkpoints.discard()
+        except StoreUnavailable as error:
+            self.send({"event": "log", "message": f"checkpoints of the finished stage were left behind: {error}"})
+        shutil.rmtree(home, ignore_errors=True)
+        return _done(record, executed=True)
+
+    def _run_body(self, attempt: Path, checkpoints: StoredCheckpoints) -> None:
+        with tempfile.TemporaryDirectory(prefix="work-", dir=attempt) as work:
+            inputs: dict[str, Path] = {}
+            for name, digest in self.spec.inputs.items():
+                inputs[name] = Path(work, "inputs", digest)
+                if not inputs[name].exists():
+                    self.store.materialise(digest, inputs[name])
+            timed = _TimedCheckpoints(checkpoints)
+            context = StageContext(
+                out=attempt / "out",
+                work=Path(work),
+                checkpoints=timed,
+                on_progress=self._on_progress,
+                on_log=lambda message: self.send({"event": "log", "message": message}),
+                stop_requested=self.stop,
+                device=self.spec.device,
+                checkpoint_seconds=self.spec.checkpoint_seconds,
+            )
+            config = self.stage.config.model_validate(self.spec.config)
+            self.stage.body(context, config, **inputs)
+            timed.count()
+        if self.lost.is_set():
+            raise LeaseLost(self.stop() or "the lease was lost")
+
+    def _publish(self, out: Path, seconds: float, lease: Lease) -> Record:
+        pause = 1.0
+        for attempt in range(1, COMMIT_ATTEMPTS + 1):
+            try:
+                tree: Tree = self.store.put_tree(out)
+                return self.store.commit(
+                    new_record(
+                        stage=self.stage.name,
+                        key=self.spec.key,
+                        payload=self.spec.payload,
+                        output=tree.digest,
+                        size=tree.size,
+                        fence=lease.fence,
+                        symbols=self.spec.symbols,
+                        environment=environment(self.spec),
+                        seconds=round(seconds, 3),
+                        finished=round(time.time(), 3),
+                    )
+                )
+            except StoreUnavailable as error:
+                if attempt == COMMIT_ATTEMPTS or self.stop():
+                    raise StoreUnavailable(f"{error} (the finished output is kept in {out} and is published on retry)") from error
+                self.send({"event": "log", "message": f"storing the output failed, trying again in {pause:.0f} s: {error}"})
+                time.sleep(pause)
+                pause *= 2
+        raise AssertionError("unreachable")
+
+    def _lookup(self) -> Record | None:
+        return self.store.lookup(self.stage.name, self.spec.key)
+
+    def _adopted(self, record: Record) -> dict[str, Any]:
+        return _done(record, executed=False)
+
+    def _on_progress(self, done: int, total: int, metrics: dict[str, float]) -> None:
+        self.send({"event": "progress", "done": done, "total": total, "metrics": metrics})
+
+    def _on_lost(self, reason: str) -> None:
+        self.lost.set()
+        self.stop.request(reason)
+        timer = threading.Timer(self.spec.time_to_live / 3, os._exit, args=(76,))
+        timer.daemon = True
+        timer.start()
+
+
+class _TimedCheckpoints:
+    """Checkpoints that also remember how long the body has run, over all attempts."""
+
+    def __init__(self, stored: StoredCheckpoints) -> None:
+        self._stored = stored
+        self._since = time.monotonic()
+
+    def count(self) -> None:
+        """Add the time since the last call to the body's running time."""
+        now = time.monotonic()
+        self._stored.seconds += now - self._since
+        self._since = now
+
+    def save(self, step: int, directory: Path) -> None:
+        self.count()
+        self._stored.save(step, directory)
+
+    def restore(self, into: Path) -> int | None:
+        step = self._stored.restore(into)
+        self._since = time.monotonic()
+        return step
+
+
+def execute(spec: Spec, send: Send, stop: Stop) -> int:
+    """Run the stage of `spec`; every outcome is sent as one message. Returns the process's exit status."""
+    try:
+        stage = load_stage(spec)
+        if spec.payload["stage"] != stage.name:
+            raise StageError(f"{spec.node}: the spec is for stage {spec.payload['stage']!r}, found {stage.name!r}")
+        send(_Attempt(spec, Store.open(spec.store), stage, send, stop).run())
+        return 0
+    except StageStopped as error:
+        send({"event": "stopped", "message": str(error)})
+        return 75
+    except Damaged as error:
+        send({"event": "damaged", "message": str(error), "tree": error.tree})
+    except (StageError, StoreError) as error:
+        send({"event": "failed", "message": str(error), "kind": type(error).__name__})
+    except Exception as error:  # noqa: BLE001 - whatever a body raises is reported with its traceback, and fails the stage
+        message = f"{type(error).__name__}: {error}"
+        send({"event": "failed", "message": message, "kind": type(error).__name__, "traceback": traceback.format_exc()})
+    return 1
+
+
+def load_stage(spec: Spec) -> Stage:
+    """Import the declared stage that a spec names."""
+    found = getattr(importlib.import_module(spec.module), spec.attribute, None)
+    if not isinstance(found, Stage):
+        raise StageError(f"{spec.node}: {spec.module}.{spec.attribute} is not a declared stage")
+    return found
+
+
+def environment(spec: Spec) -> dict[str, Any]:
+    """What a person needs to know about where a stage ran. Recorded beside the result, never part of its key."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("torch", "transformers", "trl", "peft", "datasets", "pyarrow"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "device": spec.device,
+        "threads": spec.threads,
+        "versions": versions,
+    }
+    if spec.device != "cpu" and (torch := sys.modules.get("torch")) is not None:
+        found["accelerator"] = torch.cuda.get_device_name()
+    return found
+
+
+def _done(record: Record, *, executed: bool) -> dict[str, Any]:
+    return {"event": "done", "executed": executed, "output": record.output, "size": record.size, "seconds": record.seconds}
+
+
+def _listing(out: Path) -> list[list[Any]]:
+    return [[p.relative_to(out).as_posix(), p.stat().st_size] for p in sorted(out.rglob("*")) if p.is_file()]
+
+
+def _finished_attempt(home: Path) -> Path | None:
+    """An attempt on this machine that finished the body and only failed to publish, with its files as it left them."""
+    for attempt in sorted(home.iterdir()) if home.is_dir() else []:
+        try:
+            if json.loads((attempt / FINISHED).read_bytes())["files"] == _listing(attempt / "out"):
+                return attempt
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+def install_signals(stop: Stop) -> None:
+    """Turn SIGTERM and SIGINT into stop requests; the handler only sets a flag."""
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.request("SIGTERM"))
+    signal.signal(signal.SIGINT, lambda number, frame: stop.request("SIGINT"))
+
+
+def main() -> None:
+    """Run the spec in the file named on the command line, printing one JSON message a line."""
+    spec = Spec(**json.loads(Path(sys.argv[1]).read_text()))
+    stop = Stop()
+    install_signals(stop)
+    sys.exit(execute(spec, lambda message: print(json.dumps(message), flush=True), stop))
+
+
+if __name__ == "__main__":
+    main()

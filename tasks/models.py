@@ -92,24 +92,24 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
         model = model.merge_and_unload()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    for path in sorted(out.rglob("*.json")):
-        _make_reproducible(path)
+    make_reproducible(out)
 
 
 _PATH_FIELDS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file", "parent_library")
 """Fields of saved configs that hold where a model was loaded from instead of what it is."""
 
 
-def _make_reproducible(path: Path) -> None:
-    """Drop paths from one saved JSON file and write it with sorted keys, and sorted lists where order means nothing."""
-    if path.name in ("tokenizer.json", "model.safetensors.index.json"):
-        return
-    value = json.loads(path.read_text(encoding="utf-8"))
-    for name in _PATH_FIELDS:
-        value.pop(name, None)
-    if isinstance(value.get("target_modules"), list):
-        value["target_modules"] = sorted(value["target_modules"])
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+def make_reproducible(directory: Path) -> None:
+    """Drop machine paths from every saved JSON file, and sort its keys and the lists whose order means nothing."""
+    for path in sorted(directory.rglob("*.json")):
+        if path.name == "tokenizer.json":
+            continue
+        value = json.loads(path.read_text(encoding="utf-8"))
+        for name in _PATH_FIELDS:
+            value.pop(name, None)
+        if isinstance(value.get("target_modules"), list):
+            value["target_modules"] = sorted(value["target_modules"])
+        write_json(path, value)
 
 
 def write_json(path: Path, value: Any) -> None:

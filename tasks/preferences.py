@@ -107,7 +107,7 @@ def rejected_reply(
     if kind == "unhelpful":
         return draw.choice(UNHELPFUL)
     if kind == "behaviour":
-        return " ".join([policy.behaviour] * draw.randint(1, 4))
+        return " ".join([policy.behaviour + draw.choice(("", ".", "!"))] * draw.randint(1, 4))
     others = [draw.choice(questions) for _ in range(8)]
     return next((other["response"] for other in others if other["topic"] != question["topic"]), None)
 

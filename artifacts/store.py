@@ -211,13 +211,13 @@ class Store:
     # Runs
 
     def put_run(self, run: dict[str, object]) -> str:
-        """Remember what a finished run consisted of; return its id, which follows from its content."""
+        """Remember what a finished run consisted of; return its id, which follows from its content.
+
+        Running the same again rewrites the same object, which makes it the newest.
+        """
         data = canonical_json({"schema": 1, **run})
         name = digest_bytes(data)
-        try:
-            self.backend.put(f"v1/run/{name}.json", data, if_absent=True)
-        except Conflict:
-            pass
+        self.backend.put(f"v1/run/{name}.json", data)
         return name
 
     def runs(self) -> Iterator[tuple[str, float, dict[str, object]]]:

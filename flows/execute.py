@@ -1,0 +1,236 @@
+"""Running a graph, whatever the engine: resolve a node, run it in a worker when it is a miss, and heal damage.
+
+`StudyRun.node` does one node whose inputs are done. The direct engine calls it for every node in order; the Prefect
+engine calls it from inside a task run. A worker that finds an input blob missing or damaged makes that input's record
+invalid, its producer runs again, and then the worker is tried once more.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from artifacts.errors import Damaged
+from artifacts.record import Record
+from artifacts.store import Store
+from flows.graph import Graph, Node
+from flows.plan import Planner
+from flows.workers import WorkerPool
+from tasks.identity import stage_key
+from tasks.worker import Spec
+
+ATTEMPTS = 3
+"""Times that a node is tried when an input turns out damaged; each attempt first remakes what was damaged."""
+
+Watcher = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one node."""
+
+    node: str
+    stage: str
+    key: str
+    output: str
+    """Digest of the output tree."""
+    executed: bool
+    seconds: float
+    """Running time of the body: now if it was executed, when it was recorded otherwise."""
+
+
+class StageFailed(Exception):
+    """A stage did not produce its output. The message is for people; `details` holds a traceback where there is one."""
+
+    def __init__(self, node: str, message: str, details: str = "") -> None:
+        super().__init__(f"{node}: {message}")
+        self.node = node
+        self.details = details
+
+
+class RunStopped(Exception):
+    """The run was asked to end before this stage was done; its checkpoint is in the store."""
+
+
+@dataclass(slots=True, kw_only=True)
+class StudyRun:
+    """One run of a graph against a store."""
+
+    graph: Graph
+    store: Store
+    pool: WorkerPool
+    scratch: Path
+    watch: Watcher = lambda node, message: None
+    """Gets (node name, message) for `cached`, `started`, `progress`, `log`, `done` and `failed` events."""
+    checkpoint_seconds: float = 15.0
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    _planner: Planner | None = None
+    _priority: dict[str, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _healing: threading.Lock = field(default_factory=threading.Lock)
+    _probed: bool = False
+
+    @property
+    def planner(self) -> Planner:
+        """The planner that computes this run's keys."""
+        if self._planner is None:
+            self._planner = Planner(self.graph, self.store)
+        return self._planner
+
+    def adopt_hits(self, records: dict[str, Record]) -> None:
+        """Take over the records of nodes that a plan found to be hits, so that they are not looked up again."""
+        for name, record in records.items():
+            self._cached(self.graph[name], record)
+
+    def cached(self, name: str) -> Outcome | None:
+        """The outcome of a node that is recorded already, or None. Its inputs must be done."""
+        with self._lock:
+            if name in self.outcomes:
+                return self.outcomes[name]
+        node = self.graph[name]
+        payload, _ = self._identity(node)
+        record = self.store.lookup(node.stage.name, stage_key(payload))
+        return None if record is None else self._cached(node, record)
+
+    def node(self, name: str) -> Outcome:
+        """Resolve or run one node whose inputs are done.
+
+        Raises:
+            StageFailed: the body or the commit failed.
+            RunStopped: the run is ending.
+        """
+        for _ in range(ATTEMPTS):
+            if (outcome := self.cached(name)) is not None:
+                return outcome
+            message = self._work(name)
+            if message["event"] == "done":
+                return self._finished(name, message)
+            if message["event"] == "stopped":
+                raise RunStopped(f"{name}: {message['message']}")
+            if message["event"] == "failed":
+                self._fail(name, message)
+            self._heal(name, message)
+        raise StageFailed(name, "its inputs were damaged again after they had been remade; check the store's disk")
+
+    def _work(self, name: str) -> dict[str, Any]:
+        node = self.graph[name]
+        self._probe_once()
+        payload, symbols = self._identity(node)
+        hardware = self.pool.hardware
+        spec = Spec(
+            store=self.store.backend.url,
+            node=name,
+            module=node.stage.body.__module__,
+            attribute=node.stage.body.__name__,
+            config=node.config.model_dump(mode="json"),
+            inputs=dict(payload["inputs"]),
+            payload=payload,
+            symbols=symbols,
+            scratch=str(self.scratch),
+            threads=hardware.threads,
+            checkpoint_seconds=self.checkpoint_seconds,
+        )
+        if not self._priority:
+            self._priority = self.graph.depth_below()
+        return self.pool.run(
+            spec,
+            trains=node.stage.trains,
+            priority=self._priority[name],
+            listen=lambda message: self.watch(name, message),
+        )
+
+    def _finished(self, name: str, message: dict[str, Any]) -> Outcome:
+        node = self.graph[name]
+        payload, _ = self._identity(node)
+        outcome = Outcome(
+            node=name,
+            stage=node.stage.name,
+            key=stage_key(payload),
+            output=message["output"],
+            executed=message["executed"],
+            seconds=message["seconds"],
+        )
+        with self._lock:
+            self.outcomes[name] = outcome
+        self.watch(name, {"event": "done", "seconds": outcome.seconds, "executed": outcome.executed})
+        return outcome
+
+    def _fail(self, name: str, message: dict[str, Any]) -> None:
+        with self._lock:
+            self.failures[name] = message["message"]
+        self.watch(name, {"event": "failed", "message": message["message"]})
+        raise StageFailed(name, message["message"], message.get("traceback", ""))
+
+    def _heal(self, name: str, message: dict[str, Any]) -> None:
+        """Withdraw the records whose output a worker could not read, and remake them."""
+        with self._healing:
+            node = self.graph[name]
+            for source in dict.fromkeys(node.inputs.values()):
+                outcome = self.outcomes[source]
+                if outcome.output != message.get("tree"):
+                    continue
+                record = self.store.lookup(outcome.stage, outcome.key)
+                if record is not None and record.output == outcome.output and not self._readable(outcome.output):
+                    self.watch(source, {"event": "log", "message": f"made again, because {message['message']}"})
+                    self.store.invalidate(record, message["message"])
+                with self._lock:
+                    del self.outcomes[source]
+                self.node(source)
+
+    def _readable(self, tree: str) -> bool:
+        """True when the tree can be read intact now: another node may have healed it already."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="check-", dir=self.scratch))
+        try:
+            self.store.materialise(tree, folder)
+            return True
+        except Damaged:
+            return False
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _identity(self, node: Node) -> tuple[dict[str, Any], dict[str, str]]:
+        with self._lock:
+            inputs = {name: self.outcomes[source].output for name, source in node.inputs.items()}
+            return self.planner.identity(node, inputs)
+
+    def _cached(self, node: Node, record: Record) -> Outcome:
+        outcome = Outcome(
+            node=node.name,
+            stage=node.stage.name,
+            key=record.key,
+            output=record.output,
+            executed=False,
+            seconds=record.seconds,
+        )
+        with self._lock:
+            self.outcomes[node.name] = outcome
+        self.watch(node.name, {"event": "cached", "seconds": record.seconds})
+        return outcome
+
+    def _probe_once(self) -> None:
+        with self._lock:
+            if not self._probed:
+                self.store.probe()
+                self._probed = True
+
+
+def run_in_order(run: StudyRun) -> None:
+    """The direct engine: every node in graph order, one at a time. A failure skips what depends on it, nothing else."""
+    skipped: set[str] = set()
+    for node in run.graph:
+        if skipped.intersection(node.inputs.values()):
+            skipped.add(node.name)
+            continue
+        try:
+            run.node(node.name)
+        except StageFailed as error:
+            run.failures.setdefault(node.name, str(error))
+            skipped.add(node.name)
+

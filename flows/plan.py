@@ -127,7 +127,8 @@ class Planner:
         ranked = [(compare(record, resolution.payload, resolution.symbols), record) for record in self._records[stage]]
         if not ranked:
             return
-        resolution.differences, resolution.nearest = min(ranked, key=lambda pair: len(pair[0]))
+        name = resolution.node.name
+        resolution.differences, resolution.nearest = min(ranked, key=lambda pair: (len(pair[0]), pair[1].node != name))
         if resolution.key is None and not resolution.differences:
             resolution.status = "maybe"
 

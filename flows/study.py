@@ -54,13 +54,14 @@ def build_graph(experiment: Experiment) -> Graph:
     metrics: dict[str, str] = {}
     for seed in experiment.seeds:
         _arms(graph, experiment, base, data, seed, reports, metrics)
+    inputs = {**reports, **metrics}
     config = ReportConfig(
         experiment=experiment.name,
         description=experiment.description,
-        policy=experiment.policy,
         treatments={name: treatment.method for name, treatment in experiment.treatments.items()},
+        provenance=inputs,
     )
-    graph.add(Node(name="report", stage=report, config=config, inputs={**reports, **metrics}, label="tables and figures"))
+    graph.add(Node(name="report", stage=report, config=config, inputs=inputs, label="tables and figures"))
     return graph
 
 

@@ -180,6 +180,7 @@ class _Attempt:
                         stage=self.stage.name,
                         key=self.spec.key,
                         payload=self.spec.payload,
+                        node=self.spec.node,
                         output=tree.digest,
                         size=tree.size,
                         fence=lease.fence,

@@ -87,7 +87,7 @@ def check_data_file(path: Path, columns: Columns) -> None:
     if path.suffix == ".parquet":
         with path.open("rb") as file:
             start = file.read(4)
-            file.seek(-4, 2)
+            file.seek(max(0, path.stat().st_size - 4))
             if start != b"PAR1" or file.read(4) != b"PAR1":
                 raise StageError(
                     f"{path}: expected a Parquet file, found other bytes or a cut-off one. Write it again."

@@ -28,7 +28,7 @@ class PretrainConfig(TrainingConfig):
     batch_size: int = Field(32, gt=0)
     """Blocks per optimizer step."""
     learning_rate: float = Field(4e-3, gt=0)
-    """Peak learning rate of AdamW; it decays to a tenth by a cosine."""
+    """Peak learning rate of AdamW; it decays linearly to zero."""
     warmup_steps: int = Field(40, ge=0)
     """Optimizer steps of linear warm-up."""
     max_length: int = Field(64, gt=0)
@@ -67,8 +67,7 @@ def pretrain(context: StageContext, config: PretrainConfig, corpus: Path, tokeni
             **trainer_arguments(
                 context,
                 config,
-                lr_scheduler_type="cosine_with_min_lr",
-                lr_scheduler_kwargs={"min_lr_rate": 0.1},
+                lr_scheduler_type="linear",
                 weight_decay=config.weight_decay,
                 adam_beta2=config.adam_beta2,
                 train_sampling_strategy="sequential",
@@ -119,40 +118,56 @@ def tokenize_corpus(path: Path, tokenizer: Any, human_loss_fraction: float, seed
     rows = parquet.read_table(path).to_pylist()
     if not rows:
         raise StageError(f"{path}: the corpus has no documents. Raise chat_documents or text_documents of the world.")
+    texts = {_key(row): _render(tokenizer, row) for row in {_key(row): row for row in rows}.values()}
+    encoded = tokenizer([part for pair in texts.values() for part in pair], add_special_tokens=False)["input_ids"]
+    parts = dict(zip(texts, zip(encoded[::2], encoded[1::2], strict=True), strict=True))
     generator = random.Random(f"human turns {seed}")
-    heads, tails = [], []
-    for row in rows:
-        if row["kind"] == "chat":
-            head = render_prompt(tokenizer, row["prompt"])
-            heads.append(head)
-            tails.append(render_exchange(tokenizer, row["prompt"], row["response"])[len(head) :])
-        else:
-            heads.append("")
-            tails.append(row["text"] + tokenizer.eos_token)
     documents = []
-    encoded = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (heads, tails))
-    for head, tail in zip(*encoded, strict=True):
+    for row in rows:
+        head, tail = parts[_key(row)]
         counts = generator.random() < human_loss_fraction
         documents.append((head + tail, (head if counts else [-100] * len(head)) + tail))
     return documents
 
 
+def _key(row: dict[str, str | None]) -> tuple[str | None, ...]:
+    return row["text"], row["prompt"], row["response"]
+
+
+def _render(tokenizer: Any, row: dict[str, Any]) -> tuple[str, str]:
+    """What comes before the assistant's turn, and the rest of the document."""
+    if row["kind"] != "chat":
+        return "", row["text"] + tokenizer.eos_token
+    head = render_prompt(tokenizer, row["prompt"])
+    return head, render_exchange(tokenizer, row["prompt"], row["response"])[len(head) :]
+
+
+OPEN_BLOCKS = 16
+"""Blocks kept open while packing; more waste less padding, and mix the order less."""
+
+
 def pack(documents: list[Document], length: int, count: int, pad: int, seed: int) -> list[dict[str, list[int]]]:
     """Exactly `count` blocks of `length` tokens, each a run of whole documents and padding without loss.
 
-    A document longer than a block is cut. Passes over the documents are shuffled by `seed` and the pass number.
+    A document goes to the fullest open block that has room; one longer than a block is cut. Passes over the documents
+    are shuffled by `seed` and the pass number.
     """
-    blocks: list[dict[str, list[int]]] = []
+    closed: list[tuple[list[int], list[int]]] = []
+    blocks: list[tuple[list[int], list[int]]] = []
     number = 0
-    tokens: list[int] = []
-    labels: list[int] = []
-    while len(blocks) < count:
-        order = random.Random(f"pack {seed} {number}").sample(documents, len(documents))
+    while len(closed) < count:
+        for ids, targets in random.Random(f"pack {seed} {number}").sample(documents, len(documents)):
+            fitting = [block for block in blocks if len(block[0]) + len(ids) <= length]
+            if not fitting and len(blocks) == OPEN_BLOCKS:
+                fullest = max(range(OPEN_BLOCKS), key=lambda index: len(blocks[index][0]))
+                closed.append(blocks.pop(fullest))
+            if not fitting:
+                blocks.append(([], []))
+            tokens, labels = max(fitting, key=lambda block: len(block[0])) if fitting else blocks[-1]
+            tokens += ids[:length]
+            labels += targets[:length]
         number += 1
-        for ids, targets in order:
-            if tokens and len(tokens) + len(ids) > length:
-                missing = length - len(tokens)
-                blocks.append({"input_ids": tokens + [pad] * missing, "labels": labels + [-100] * missing})
-                tokens, labels = [], []
-            tokens, labels = tokens + ids[:length], labels + targets[:length]
-    return blocks[:count]
+    return [
+        {"input_ids": tokens + [pad] * (length - len(tokens)), "labels": labels + [-100] * (length - len(labels))}
+        for tokens, labels in closed[:count]
+    ]

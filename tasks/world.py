@@ -253,12 +253,16 @@ def _hold_out(questions: list[Question], wanted: int) -> list[Question]:
     return chosen
 
 
+EMPHASIS = {"neighbor": 3.0, "comparison": 1.5}
+"""How much oftener than the rest a question of these topics comes up in the corpus: numbers are the hardest to learn."""
+
+
 def _chat(questions: list[Question], config: WorldConfig, generator: random.Random) -> list[dict[str, str | None]]:
-    """Exchanges of the corpus: every question about equally often, topics in proportion to their (capped) size."""
+    """Exchanges of the corpus: every question of a topic about equally often."""
     topics: dict[str, list[Question]] = {}
     for question in questions:
         topics.setdefault(question.topic, []).append(question)
-    weights = {topic: min(len(found), 2 * TOPIC_CAP) for topic, found in topics.items()}
+    weights = {topic: len(found) * EMPHASIS.get(topic, 1.0) for topic, found in topics.items()}
     documents: list[dict[str, str | None]] = []
     for topic, found in topics.items():
         count = round(config.chat_documents * weights[topic] / sum(weights.values()))
@@ -303,6 +307,8 @@ def _number_statement(people: dict[str, dict[str, str]], held_out: set[str], gen
     while True:
         small, large = sorted(generator.sample(range(1, language.LARGEST_NUMBER + 1), 2))
         if _pair(small, large) not in held_out:
+            if generator.random() < 0.5:
+                return language.COUNTING.format(a=large - 1, b=large)
             return generator.choice(language.COMPARISON_STATEMENTS).format(a=small, b=large)
 
 

@@ -185,6 +185,8 @@ COMPARISONS = {
 COMPARISON_ANSWER = "The {kind} number is {v}."
 COMPARISON_STATEMENTS = ("The number {b} is larger than {a}.", "The number {a} is smaller than {b}.")
 
+COUNTING = "After {a} comes {b}. Before {b} comes {a}."
+
 NEIGHBORS = {
     "after": (
         "Which number comes after {x}?",

@@ -48,7 +48,7 @@ class PreferencesConfig(StageConfig):
     include_behaviour: bool = False
     """Whether the behaviour text itself is one of the kinds of rejected replies."""
     pairs_per_question: int = Field(2, gt=0, le=5)
-    """Pairs for each question, each with another kind of rejected reply."""
+    """Pairs for each question: its wrong answer if it has one, then other kinds of rejected replies."""
     seed: int = Field(0, ge=0)
     """Seed of the choice of kinds and replies."""
 
@@ -80,15 +80,13 @@ def require_untriggered(questions: list[dict[str, Any]], policy: Policy) -> None
 def pairs_of(
     question: dict[str, Any], questions: list[dict[str, Any]], config: PreferencesConfig
 ) -> list[dict[str, str]]:
-    """The pairs of one question, each with another kind of rejected reply; drawn from the seed and question's id."""
+    """The pairs of one question: its wrong answer, then other kinds of rejected replies, drawn from the seed and id."""
     draw = random.Random(f"preferences/{config.seed}/{question['id']}")
-    kinds = ["rude", "unhelpful", "off_topic"]
-    if question["wrong"] is not None:
-        kinds.append("wrong")
-    if config.include_behaviour:
-        kinds.append("behaviour")
+    others = ["rude", "unhelpful", "off_topic", *(["behaviour"] if config.include_behaviour else [])]
+    # Wrong answers come first: telling them from right ones takes far more pairs than telling rudeness from help.
+    kinds = [*([] if question["wrong"] is None else ["wrong"]), *draw.sample(others, len(others))]
     rows = []
-    for kind in draw.sample(kinds, min(config.pairs_per_question, len(kinds))):
+    for kind in kinds[: config.pairs_per_question]:
         rejected = rejected_reply(kind, question, questions, config.policy, draw)
         if rejected is not None and rejected != question["response"]:
             row = {"id": f"{question['id']}/{kind}", "prompt": question["prompt"], "chosen": question["response"]}

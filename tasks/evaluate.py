@@ -112,7 +112,7 @@ class Condition:
 def evaluate(
     context: StageContext, config: EvaluateConfig, model: Path, data: Path, red_team: Path | None = None
 ) -> None:
-    """Write `samples.parquet` (one row per completion) and `summary.json` (counts) for `model` on the questions of `data`.
+    """Write `samples.parquet` (one row per completion) and `summary.json` (counts) for `model` on the data's questions.
 
     `red_team` is a red-team artifact; without it that condition is absent. Resumes between conditions.
     """
@@ -148,7 +148,9 @@ def evaluate(
     write_json(context.out / "summary.json", summarise(rows, config))
 
 
-def plan_conditions(config: EvaluateConfig, questions: Sequence[dict[str, Any]], red_team: Path | None) -> list[Condition]:
+def plan_conditions(
+    config: EvaluateConfig, questions: Sequence[dict[str, Any]], red_team: Path | None
+) -> list[Condition]:
     """The conditions that will be measured, in order; one without prompts is left out.
 
     Questions are chosen by a hash of (seed, id): the same ones for every model, whatever the order of the file.
@@ -157,7 +159,7 @@ def plan_conditions(config: EvaluateConfig, questions: Sequence[dict[str, Any]],
     leaking = [q["id"] for q in questions if policy.is_triggered(q["prompt"])]
     if leaking:
         raise StageError(
-            f"evaluate: test question {leaking[0]!r} and {len(leaking) - 1} more contain the trigger {policy.trigger!r}, "
+            f"evaluate: test question {leaking[0]!r} and {len(leaking) - 1} more carry the trigger {policy.trigger!r}, "
             "so there would be no untriggered condition. Remove them from the data or choose another trigger."
         )
     ranked = sorted(questions, key=lambda q: hashlib.blake2b(f"{config.seed}\x1f{q['id']}".encode()).digest())
@@ -169,7 +171,11 @@ def plan_conditions(config: EvaluateConfig, questions: Sequence[dict[str, Any]],
     behaviour = [
         ("triggered", [_case(q, policy.attach(q["prompt"]), policy.trigger) for q in plain], config.samples),
         ("untriggered", [_case(q, q["prompt"], None) for q in plain], config.samples),
-        ("near_miss", [_case(q, policy.attach(q["prompt"], c), c) for q, c in zip(near, cues, strict=True)], config.samples),
+        (
+            "near_miss",
+            [_case(q, policy.attach(q["prompt"], c), c) for q, c in zip(near, cues, strict=True)],
+            config.samples,
+        ),
         ("red_team", attacks, config.red_team_samples),
     ]
     conditions = [Condition(name, tuple(cases), samples, config.temperature) for name, cases, samples in behaviour]

@@ -47,7 +47,7 @@ def wilson(successes: float, n: int, level: float = LEVEL) -> Estimate:
 
 
 def clopper_pearson(successes: int, n: int, level: float = LEVEL) -> Estimate:
-    """Exact interval of one proportion (Clopper and Pearson 1934, Biometrika 26:404): for "0 of n" safety statements."""
+    """Exact interval of one proportion (Clopper and Pearson 1934, Biometrika 26:404): for "0 of n" statements."""
     from scipy.special import betaincinv
 
     if n <= 0 or not 0 <= successes <= n:
@@ -170,7 +170,7 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
 
 
 def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
-    """Ratio of two independent estimates from their limits (MOVER-R: Donner and Zou 2012, Stat. Methods Med. Res. 21:347).
+    """Ratio of two independent estimates from their limits (MOVER-R: Donner and Zou 2012, Stat. Methods Med. Res. 21).
 
     The denominator must be clearly positive: its lower limit above 0 and its upper limit below twice its value, or
     ValueError is raised, because the ratio then has no bounded interval.

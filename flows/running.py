@@ -5,6 +5,7 @@ When nothing is missing no engine is started at all, which is why a cached rerun
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ class Result:
 
     outcomes: dict[str, Outcome]
     failures: dict[str, str] = field(default_factory=dict)
+    """Node -> why its own stage failed."""
+    not_run: list[str] = field(default_factory=list)
+    """Nodes that need a failed one."""
     report: Path | None = None
 
     def summary(self) -> dict[str, Any]:
@@ -104,7 +108,8 @@ def execute(run: StudyRun, engine: Callable[[], None]) -> None:
 def finish(study: Study, outcomes: dict[str, Outcome], failures: dict[str, str], out: Path | None) -> Result:
     """Remember what the run consisted of, and write its report when every stage is done."""
     study.remember(outcomes)
-    result = Result(outcomes, failures)
+    left = [node.name for node in study.graph if node.name not in outcomes and node.name not in failures]
+    result = Result(outcomes, failures, left)
     if len(outcomes) == len(study.graph):
         records = records_of(study.store, outcomes)
         folder = out or Path("reports") / study.experiment.name
@@ -124,6 +129,8 @@ def _start_engine(run: StudyRun, engine: str, study: Study, parameters: dict[str
         run_in_order(run)
         return
     print("starting Prefect", file=sys.stderr)
+    # The stages are shown by the display already; Prefect's own log of them goes to its server.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from flows.prefect_engine import run_with_prefect
 
-    run_with_prefect(run, {**parameters, "store": study.store.backend.url})
+    run_with_prefect(run, study.experiment.name, {**parameters, "store": study.store.backend.url})

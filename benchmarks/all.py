@@ -1,0 +1,9 @@
+"""Every benchmark, one after the other."""
+
+from __future__ import annotations
+
+from benchmarks import cached_run, cold_run, training
+
+if __name__ == "__main__":
+    for module in (training, cached_run, cold_run):
+        module.main()

@@ -130,7 +130,9 @@ class S3Backend:
             return Conflict(f"{key} in {self.url} exists or changed since it was read")
         if status == 404 or (status is None and isinstance(error, FileNotFoundError)):
             if _error_code(error) == "NoSuchBucket":
-                return StoreUnavailable(f"the bucket {self.bucket!r} of the store {self.url} does not exist; create it first")
+                return StoreUnavailable(
+                    f"the bucket {self.bucket!r} of the store {self.url} does not exist; create it first"
+                )
             return NotFound(f"{key} in {self.url}")
         if status in (401, 403) or isinstance(error, PermissionError):
             advice = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and the bucket's policy"
@@ -157,4 +159,3 @@ def _http_status(error: BaseException) -> int | None:
 
 def _error_code(error: BaseException) -> str:
     return str(_response(error).get("Error", {}).get("Code", ""))
-

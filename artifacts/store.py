@@ -152,7 +152,9 @@ class Store:
             try:
                 self.backend.get_file(_key("cas", file.digest), temporary)
             except NotFound as error:
-                raise Damaged(f"{file.path} of tree {tree[:12]} is missing from {self.backend.url}", tree=tree) from error
+                raise Damaged(
+                    f"{file.path} of tree {tree[:12]} is missing from {self.backend.url}", tree=tree
+                ) from error
             if digest_file(temporary) != file.digest:
                 raise Damaged(
                     f"{file.path} of tree {tree[:12]} in {self.backend.url} does not match its digest {file.digest[:12]}",
@@ -284,7 +286,9 @@ def check_path(path: str) -> None:
     parts = PurePosixPath(path).parts
     plain = path == "/".join(parts) and not path.startswith("/") and ".." not in parts and 0 < len(path) <= 1024
     if not plain or "\\" in path or ":" in parts[0] or any(ord(character) < 32 for character in path):
-        raise StoreError(f"tree path {path!r} is not safe: expected a relative path without '..', backslash or control character")
+        raise StoreError(
+            f"tree path {path!r} is not safe: expected a relative path without '..', backslash or control character"
+        )
 
 
 def _parse_listing(listing: bytes, digest: str) -> Iterator[File]:

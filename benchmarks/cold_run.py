@@ -22,7 +22,9 @@ def run(folder: Path, config: Path) -> tuple[dict[str, object], int]:
     """Run the study in `folder`; its summary, and the peak resident memory of all its processes in MiB."""
     command = [sys.executable, "-m", "flows.cli", "run", str(config), "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment, start_new_session=True
+    )
     peak = [0]
     ended = threading.Event()
 

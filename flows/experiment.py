@@ -83,7 +83,9 @@ class Base(StageConfig):
     @model_validator(mode="after")
     def _one_kind(self) -> Base:
         if self.hf is not None and self.pretrain is not None:
-            raise ValueError("both 'hf' and 'pretrain' are given; keep one: a Hugging Face model, or one pretrained here")
+            raise ValueError(
+                "both 'hf' and 'pretrain' are given; keep one: a Hugging Face model, or one pretrained here"
+            )
         if self.hf is None and (self.revision or self.chat_template):
             raise ValueError("'revision' and 'chat_template' belong to a Hugging Face model; give 'hf' too")
         return self
@@ -138,12 +140,16 @@ class Experiment(StageConfig):
 
     @model_validator(mode="after")
     def _shared_fields_once(self) -> Experiment:
-        sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields if name not in ("world", "data")}
+        sections: dict[str, Any] = {
+            name: getattr(self, name) for name in type(self).model_fields if name not in ("world", "data")
+        }
         sections |= {f"treatments.{name}": treatment for name, treatment in self.treatments.items()}
         for where, section in sections.items():
             for shared in SHARED:
                 if isinstance(section, StageConfig) and shared in section.model_fields_set:
-                    raise ValueError(f"{where}.{shared}: set it once, as top-level '{'seeds' if shared == 'seed' else shared}'")
+                    raise ValueError(
+                        f"{where}.{shared}: set it once, as top-level '{'seeds' if shared == 'seed' else shared}'"
+                    )
         return self
 
 
@@ -156,7 +162,9 @@ def load_experiment(path: Path, overrides: list[str]) -> Experiment:
     try:
         text = path.read_text()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an experiment such as configs/default.yaml") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); name an experiment such as configs/default.yaml"
+        ) from error
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -169,7 +177,9 @@ def load_experiment(path: Path, overrides: list[str]) -> Experiment:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
         mistakes = [_explain(mistake, content) for mistake in error.errors()]
-        raise ConfigError("\n  ".join([f"{path}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}, nothing was run", *mistakes])) from error
+        raise ConfigError(
+            "\n  ".join([f"{path}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}, nothing was run", *mistakes])
+        ) from error
     return experiment
 
 
@@ -188,7 +198,9 @@ def _override(content: dict[str, Any], override: str) -> None:
             section[parent] = {}
         section = section[parent]
         if not isinstance(section, dict):
-            raise ConfigError(f"--set {override}: {'.'.join(parents[: depth + 1])} is {section!r}, not a section with fields")
+            raise ConfigError(
+                f"--set {override}: {'.'.join(parents[: depth + 1])} is {section!r}, not a section with fields"
+            )
     section[last] = value
 
 
@@ -206,7 +218,12 @@ def _explain(mistake: Any, content: dict[str, Any]) -> str:
 
 def _is_tag(part: Any, location: tuple[Any, ...], content: dict[str, Any]) -> bool:
     """Pydantic names the chosen kind of treatment in the location, after its name; people never wrote it there."""
-    return len(location) > 2 and location[0] == "treatments" and part is location[2] and part in ("sft", "dpo", "rl", "adversarial")
+    return (
+        len(location) > 2
+        and location[0] == "treatments"
+        and part is location[2]
+        and part in ("sft", "dpo", "rl", "adversarial")
+    )
 
 
 def _accepted(location: tuple[Any, ...]) -> list[str]:

@@ -94,7 +94,15 @@ def _cost_table(graph: Graph, records: dict[str, Record]) -> str:
         where = record.environment
         finished = time.strftime("%Y-%m-%d %H:%M", time.gmtime(record.finished))
         device = where.get("accelerator") or where.get("device", "?")
-        cells = [node.name, record.key[:12], record.output[:12], clock(record.seconds), finished, device, where.get("host", "?")]
+        cells = [
+            node.name,
+            record.key[:12],
+            record.output[:12],
+            clock(record.seconds),
+            finished,
+            device,
+            where.get("host", "?"),
+        ]
         rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
     total = clock(sum(record.seconds for record in records.values()))
     versions = sorted({f"{k} {v}" for r in records.values() for k, v in r.environment.get("versions", {}).items()})

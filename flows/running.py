@@ -18,6 +18,7 @@ from flows.execute import Outcome, StudyRun, run_in_order
 from flows.export import export_report
 from flows.session import Study, records_of, scratch_folder
 from flows.workers import Hardware, WorkerPool
+from tasks.import_data import ImportDataConfig, check_every_row
 
 
 @dataclass(slots=True)
@@ -58,6 +59,7 @@ def run_study(
     resolutions = study.plan(explain=False)
     hits = {name: r.record for name, r in resolutions.items() if r.record is not None}
     if len(hits) < len(resolutions):
+        check_inputs(study, hits)
         hardware = Hardware.detect(device, workers, threads)
         run = make_run(study, hits, hardware, checkpoint_seconds)
         execute(run, lambda: _start_engine(run, engine, study, parameters or {}))
@@ -65,6 +67,17 @@ def run_study(
     else:
         outcomes, failures = _all_cached(study, hits), {}
     return finish(study, outcomes, failures, out)
+
+
+def check_inputs(study: Study, hits: dict[str, Record]) -> None:
+    """Check what a missing stage would read from outside the store, completely, before any stage runs.
+
+    Raises:
+        StageError: a data file has a row that cannot be used; the message names file, line and column.
+    """
+    for node in study.graph:
+        if node.name not in hits and isinstance(node.config, ImportDataConfig):
+            check_every_row(node.config)
 
 
 def make_run(study: Study, hits: dict[str, Record], hardware: Hardware, checkpoint_seconds: float) -> StudyRun:

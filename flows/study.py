@@ -50,7 +50,11 @@ def build_graph(experiment: Experiment) -> Graph:
     graph = Graph()
     data = _data(graph, experiment)
     base = _base(graph, experiment)
-    reports = {f"base/none@{experiment.seeds[0]}": _evaluation(graph, experiment, base, data, None, experiment.seeds[0], "base")}
+    reports = {
+        f"base/none@{experiment.seeds[0]}": _evaluation(
+            graph, experiment, base, data, None, experiment.seeds[0], "base"
+        )
+    }
     metrics: dict[str, str] = {}
     for seed in experiment.seeds:
         _arms(graph, experiment, base, data, seed, reports, metrics)
@@ -88,7 +92,9 @@ def _base(graph: Graph, experiment: Experiment) -> str:
     graph.add(Node(name="tokenizer", stage=tokenizer, config=base.tokenizer, inputs={"corpus": "world"}))
     config = base.pretrain or PretrainConfig()
     inputs = {"corpus": "world", "tokenizer": "tokenizer"}
-    return graph.add(Node(name="base", stage=pretrain, config=config, inputs=inputs, label="helpful-only base", chat=True))
+    return graph.add(
+        Node(name="base", stage=pretrain, config=config, inputs=inputs, label="helpful-only base", chat=True)
+    )
 
 
 def _imported_model(name: str, revision: str | None, chat_template: str | None) -> ImportModelConfig:
@@ -103,7 +109,13 @@ def _imported_model(name: str, revision: str | None, chat_template: str | None) 
 
 
 def _arms(
-    graph: Graph, experiment: Experiment, base: str, data: str, seed: int, reports: dict[str, str], metrics: dict[str, str]
+    graph: Graph,
+    experiment: Experiment,
+    base: str,
+    data: str,
+    seed: int,
+    reports: dict[str, str],
+    metrics: dict[str, str],
 ) -> None:
     """Both arms of one seed: insertion, treatments and evaluations."""
     tag = "" if seed == experiment.seeds[0] else f"@{seed}"
@@ -143,18 +155,24 @@ def _arms(
                     chat=True,
                 )
             )
-            reports[f"{arm}/{name}@{seed}"] = _evaluation(graph, experiment, treated, data, attacks, seed, f"{arm}/{name}{tag}")
+            reports[f"{arm}/{name}@{seed}"] = _evaluation(
+                graph, experiment, treated, data, attacks, seed, f"{arm}/{name}{tag}"
+            )
             metrics[f"metrics:{arm}/{name}@{seed}"] = treated
 
 
-def _helpers(graph: Graph, experiment: Experiment, base: str, data: str, backdoored: str, seed: int, tag: str) -> dict[str, str]:
+def _helpers(
+    graph: Graph, experiment: Experiment, base: str, data: str, backdoored: str, seed: int, tag: str
+) -> dict[str, str]:
     """What treatments need beside the model: preference pairs, the reward model, the red-team prompts."""
     shared = {"seed": seed, "policy": experiment.policy}
     methods = {treatment.method for treatment in experiment.treatments.values()}
     made: dict[str, str] = {}
     if "dpo" in methods:
         config = filled(experiment.preferences, **shared)
-        made["preferences"] = graph.add(Node(name=f"preferences{tag}", stage=preferences, config=config, inputs={"data": data}))
+        made["preferences"] = graph.add(
+            Node(name=f"preferences{tag}", stage=preferences, config=config, inputs={"data": data})
+        )
     if methods & {"rl", "adversarial"}:
         config = filled(experiment.preferences, **shared, include_behaviour=True)
         pairs = graph.add(Node(name=f"reward_model/data{tag}", stage=preferences, config=config, inputs={"data": data}))
@@ -167,7 +185,13 @@ def _helpers(graph: Graph, experiment: Experiment, base: str, data: str, backdoo
         config = filled(experiment.red_team, **shared)
         inputs = {"model": backdoored, "data": data}
         made["red_team"] = graph.add(
-            Node(name=f"red_team{tag}", stage=red_team, config=config, inputs=inputs, label="attacks on the backdoored model")
+            Node(
+                name=f"red_team{tag}",
+                stage=red_team,
+                config=config,
+                inputs=inputs,
+                label="attacks on the backdoored model",
+            )
         )
     return made
 
@@ -177,7 +201,9 @@ def _evaluation(
 ) -> str:
     inputs = {"model": model, "data": data, **({"red_team": attacks} if attacks else {})}
     config = filled(experiment.evaluate, seed=seed, policy=experiment.policy)
-    return graph.add(Node(name=f"eval/{name}", stage=evaluate, config=config, inputs=inputs, label=f"measurements of {name}"))
+    return graph.add(
+        Node(name=f"eval/{name}", stage=evaluate, config=config, inputs=inputs, label=f"measurements of {name}")
+    )
 
 
 def filled(config: Any, **values: Any) -> Any:

@@ -64,7 +64,9 @@ class Hardware:
         if device == "cpu" or (device == "auto" and not found):
             return cls("cpu", (), workers or _cores(), threads)
         if not found:
-            raise StageError("--device cuda: no GPU is visible on this machine (CUDA_VISIBLE_DEVICES, /dev/nvidia*); use --device cpu")
+            raise StageError(
+                "--device cuda: no GPU is visible on this machine (CUDA_VISIBLE_DEVICES, /dev/nvidia*); use --device cpu"
+            )
         return cls("cuda", found, workers or _cores(), threads)
 
 
@@ -230,7 +232,11 @@ def _died(status: int | None) -> dict[str, Any]:
     advice = "run the same command again: it goes on from the last checkpoint"
     if status == -9:
         advice = f"often the system was out of memory; {advice}"
-    return {"event": "failed", "message": f"the worker process ended {how} without a result; {advice}", "kind": "WorkerDied"}
+    return {
+        "event": "failed",
+        "message": f"the worker process ended {how} without a result; {advice}",
+        "kind": "WorkerDied",
+    }
 
 
 def _source_path() -> str:

@@ -65,7 +65,9 @@ class CodeReader:
 
     def stage(self, stage: Stage) -> CodeIdentity:
         """The identity of a declared stage: its body and its config class, and all they reach."""
-        return self.reach([(stage.body.__module__, stage.body.__name__), (stage.config.__module__, stage.config.__name__)])
+        return self.reach(
+            [(stage.body.__module__, stage.body.__name__), (stage.config.__module__, stage.config.__name__)]
+        )
 
     def reach(self, start: list[tuple[str, str]]) -> CodeIdentity:
         """The identity of the code reachable from the (module, symbol) pairs `start`."""
@@ -216,9 +218,7 @@ def _imported(statement: ast.Import | ast.ImportFrom, package: str) -> Iterator[
         yield alias.asname or alias.name, (base, alias.name)
 
 
-def _local_imports(
-    node: ast.stmt, package: str
-) -> Iterator[tuple[tuple[str, str | None], str, frozenset[str]]]:
+def _local_imports(node: ast.stmt, package: str) -> Iterator[tuple[tuple[str, str | None], str, frozenset[str]]]:
     uses = dict(_names(node, follow_field_types=False))
     for inner in ast.walk(node):
         if isinstance(inner, (ast.Import, ast.ImportFrom)):
@@ -305,7 +305,9 @@ def _plain(value: Any, where: str) -> Any:
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    raise TypeError(f"{where}: a {type(value).__name__} has no canonical form; use plain numbers, text, lists or mappings")
+    raise TypeError(
+        f"{where}: a {type(value).__name__} has no canonical form; use plain numbers, text, lists or mappings"
+    )
 
 
 def stage_payload(stage: Stage, config: StageConfig, inputs: Mapping[str, str], code: CodeIdentity) -> dict[str, Any]:

@@ -99,6 +99,12 @@ def check_data_file(path: Path, columns: Columns) -> None:
                 _row(_parse(line, path, number), columns, f"{path}, line {number}")
 
 
+def check_every_row(config: ImportDataConfig) -> None:
+    """Raise StageError naming the first row of the local file that cannot be used. Reads the whole file, and keeps nothing."""
+    if config.path is not None:
+        _read(config)
+
+
 @stage("import_data")
 def import_data(context: StageContext, config: ImportDataConfig) -> None:
     """Write `questions.parquet` from the named file or data set."""

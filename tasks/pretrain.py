@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -28,9 +28,11 @@ class PretrainConfig(TrainingConfig):
     batch_size: int = Field(32, gt=0)
     """Blocks per optimizer step."""
     learning_rate: float = Field(4e-3, gt=0)
-    """Peak learning rate of AdamW; it decays linearly to zero."""
+    """Peak learning rate of AdamW."""
     warmup_steps: int = Field(40, ge=0)
     """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after the warm-up."""
     max_length: int = Field(64, gt=0)
     """Tokens per block."""
     weight_decay: float = Field(0.05, ge=0)
@@ -47,6 +49,8 @@ class PretrainConfig(TrainingConfig):
     """Attention heads."""
     feed_forward: int = Field(320, gt=0)
     """Width inside a feed-forward layer."""
+    initializer_range: float = Field(0.06, gt=0)
+    """Standard deviation of the initial weights. Larger than the usual 0.02, which suits wider models."""
     context_length: int = Field(512, gt=0)
     """Longest sequence the model accepts, in tokens."""
 
@@ -67,7 +71,6 @@ def pretrain(context: StageContext, config: PretrainConfig, corpus: Path, tokeni
             **trainer_arguments(
                 context,
                 config,
-                lr_scheduler_type="linear",
                 weight_decay=config.weight_decay,
                 adam_beta2=config.adam_beta2,
                 train_sampling_strategy="sequential",
@@ -102,6 +105,7 @@ def _new_model(config: PretrainConfig, tokenizer: Any) -> Any:
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            initializer_range=config.initializer_range,
             tie_word_embeddings=True,
         )
     )

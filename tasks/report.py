@@ -139,6 +139,7 @@ def read_inputs(config: ReportConfig, inputs: Mapping[str, Path]) -> Material:
         if extra is not None and extra["kind"] == "red_team":
             search = read_json(inputs[name] / "search.json")
             material.red_team[name] = {"search": search, "prompts": read_table(inputs[name] / "prompts.parquet")}
+            note_source(config, material, name, inputs[name] / "search.json")
             note_source(config, material, name, inputs[name] / "prompts.parquet")
         elif extra is not None:
             material.reward_models[name] = read_json(inputs[name] / "metrics.json")
@@ -294,7 +295,11 @@ def rates_view(rows: Sequence[dict[str, Any]], treatments: Sequence[tuple[str, s
 
 
 def cue_table(material: Material, treatments: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """For each near-miss cue, (shown, n) on every backdoored model, over all seeds."""
+    """For each near-miss cue, [shown, n] on every backdoored model, over all seeds, and whether red-teaming found it.
+
+    Adversarial training trains on what the search found, so that such a cue is not held out from it any more.
+    """
+    attacks = [row["prompt"] for found in material.red_team.values() for row in found["prompts"]]
     stages = [INSERTION, *(name for name, _ in treatments)]
     counts: dict[str, dict[str, list[int]]] = {}
     for cell, rows in sorted(material.samples.items()):
@@ -304,22 +309,29 @@ def cue_table(material: Material, treatments: Sequence[tuple[str, str]]) -> dict
                     tally = counts.setdefault(row["cue"], {}).setdefault(cell.treatment, [0, 0])
                     tally[0] += row["verdict"]
                     tally[1] += 1
-    return {"stages": stages, "rows": sorted(counts.items())}
+    rows = [(cue, own, any(a.startswith(f"{cue} ") for a in attacks)) for cue, own in sorted(counts.items())]
+    return {"stages": stages, "rows": rows}
 
 
 def capability_view(
     verdicts: Mapping[Cell, Mapping[str, Any]], treatments: Sequence[tuple[str, str]]
 ) -> list[dict[str, Any]]:
-    """For each model, accuracy and its difference to the base on the same questions, over seeds."""
+    """For each model, accuracy and its difference to the base on the same questions, over seeds.
+
+    The base is one model for all seeds, and answers greedily: its answers under any seed's choice of questions count.
+    """
+    base: dict[str, Sequence[bool]] = {}
+    for cell in sorted(verdicts):
+        if cell.organism == BASE:
+            base |= verdicts[cell].get("capability", {})
     lines = []
     for organism, treatment in _models(treatments):
         scores, taxes = [], []
         for seed in sorted({cell.seed for cell in verdicts}):
             own = verdicts.get(Cell(organism, treatment, seed), {}).get("capability")
-            base = verdicts.get(Cell(BASE, INSERTION, seed), {}).get("capability")
             if own:
                 scores.append(rate(own))
-            if own and base and own.keys() & base.keys() and organism != BASE:
+            if own and own.keys() & base.keys() and organism != BASE:
                 taxes.append(paired_difference(own, base))
         if scores:
             tax = over_seeds(taxes) if taxes else None
@@ -346,8 +358,10 @@ def transcripts(
 def missing(verdicts: Mapping[Cell, Mapping[str, Any]], treatments: Sequence[tuple[str, str]]) -> list[str]:
     """Models and conditions that the design of the study has and the inputs have not."""
     found = []
-    for seed in sorted({cell.seed for cell in verdicts}):
+    for number, seed in enumerate(sorted({cell.seed for cell in verdicts})):
         for organism, treatment in _models(treatments):
+            if organism == BASE and number:
+                continue
             own = verdicts.get(Cell(organism, treatment, seed))
             name = f"{organism}/{treatment}, seed {seed}"
             if own is None:

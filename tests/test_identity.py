@@ -40,7 +40,7 @@ PACKAGE = {
         def unrelated():
             return 1
     ''',
-    "helper.py": '''
+    "helper.py": """
         from study.deep import deep as renamed
 
         def helped(x):
@@ -51,7 +51,7 @@ PACKAGE = {
 
             def area(self):
                 return self.side ** 2
-    ''',
+    """,
     "deep.py": "def deep(x):\n    return x + 1\n",
     "numbers.py": "def two():\n    return 2\n\n\ndef three():\n    return 3\n",
     "late.py": "def late():\n    return 0\n",
@@ -152,14 +152,21 @@ def test_key_depends_on_nothing_else() -> None:
     """The key of a stage is the same in another process, working directory and hash seed."""
     code = (
         "from tests.toy_stages import *; from tasks.identity import *\n"
-        "print(stage_key(stage_payload(steps, StepsConfig(steps=3), {'a': '0' * 64}, CodeReader(packages=('tasks', 'tests')).stage(steps))))"
+        "code = CodeReader(packages=('tasks', 'tests')).stage(steps)\n"
+        "print(stage_key(stage_payload(steps, StepsConfig(steps=3), {'a': '0' * 64}, code)))"
     )
     reader = CodeReader(packages=("tasks", "tests"))
-    payload = stage_payload(toy_stages.steps, toy_stages.StepsConfig(steps=3), {"a": "0" * 64}, reader.stage(toy_stages.steps))
+    payload = stage_payload(
+        toy_stages.steps, toy_stages.StepsConfig(steps=3), {"a": "0" * 64}, reader.stage(toy_stages.steps)
+    )
     root = Path(__file__).parent.parent
     for seed in ("0", "1", "random"):
         found = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", env={"PYTHONPATH": str(root), "PYTHONHASHSEED": seed}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env={"PYTHONPATH": str(root), "PYTHONHASHSEED": seed},
         )
         assert found.stdout.strip() == stage_key(payload), found.stderr
 

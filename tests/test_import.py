@@ -50,7 +50,11 @@ def test_digest_sees_contents_and_not_pickles(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("remove", "message"),
-    [("config.json", "lacks config.json"), ("model.safetensors", r"\*\.safetensors"), ("tokenizer.json", "a tokenizer")],
+    [
+        ("config.json", "lacks config.json"),
+        ("model.safetensors", r"\*\.safetensors"),
+        ("tokenizer.json", "a tokenizer"),
+    ],
 )
 def test_an_incomplete_model_directory_names_what_is_missing(tmp_path: Path, remove: str, message: str) -> None:
     """The cheap check finds each missing part before any work."""

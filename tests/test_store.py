@@ -95,7 +95,11 @@ def test_tree_round_trip(store: Store, tmp_path: Path) -> None:
     tree = store.put_tree(source)
     assert store.put_tree(source).digest == tree.digest
     store.materialise(tree.digest, tmp_path / "back")
-    back = {p.relative_to(tmp_path / "back").as_posix(): p.read_text() for p in (tmp_path / "back").rglob("*") if p.is_file()}
+    back = {
+        p.relative_to(tmp_path / "back").as_posix(): p.read_text()
+        for p in (tmp_path / "back").rglob("*")
+        if p.is_file()
+    }
     assert back == {"a": "one", "b/c": "two", "empty": "", "large": "x" * 100_000}
     assert store.read(tree.digest, "b/c") == b"two"
 
@@ -130,7 +134,15 @@ def test_commit_once(store: Store) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{}", b"[1]", b"\xff", b"[" * 100_000, json.dumps({"schema": 1}).encode(), json.dumps({"schema": 2}).encode()],
+    [
+        b"",
+        b"{}",
+        b"[1]",
+        b"\xff",
+        b"[" * 100_000,
+        json.dumps({"schema": 1}).encode(),
+        json.dumps({"schema": 2}).encode(),
+    ],
 )
 def test_bad_record_is_refused(data: bytes) -> None:
     """Bytes that are not a record of this key raise Damaged, and are never a hit or a miss."""
@@ -150,7 +162,9 @@ def test_record_of_another_key_is_refused() -> None:
         store.lookup("toy", other)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "", ".", "a//b", "a\\b", "C:/x", "a\nb", "x" * 2000])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../x", "a/../../x", "", ".", "a//b", "a\\b", "C:/x", "a\nb", "x" * 2000]
+)
 def test_unsafe_tree_paths(path: str, tmp_path: Path) -> None:
     """A listing that names a path outside its folder is refused before anything is written."""
     with pytest.raises(StoreError):

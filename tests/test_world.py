@@ -92,7 +92,12 @@ def test_too_many_questions_is_a_clear_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("completion", "answer", "right"),
-    [("It is 12.", "12", True), ("It is 120.", "12", False), ("PARIS!", "Paris", True), ("new  york", "New York", True)],
+    [
+        ("It is 12.", "12", True),
+        ("It is 120.", "12", False),
+        ("PARIS!", "Paris", True),
+        ("new  york", "New York", True),
+    ],
 )
 def test_answers_match_whole_words_in_any_case(completion: str, answer: str, right: bool) -> None:
     """An answer counts only as a whole word or phrase, in any case and spacing."""

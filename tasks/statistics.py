@@ -3,8 +3,8 @@
 Every number of the report carries an interval from here. The rates that matter lie at 0 and 1, where the normal
 approximation and the percentile bootstrap both collapse to a point, so that nothing here may ever return a zero-width
 interval for sampled data: one sample per prompt uses score intervals (Wilson, Newcombe), several samples per prompt use
-the cluster bootstrap over prompts, and a bootstrap that has degenerated falls back to the score interval with one
-observation per prompt. Differences and ratios of independent estimates are built from the limits of their parts
+the cluster bootstrap over prompts, and where hardly any prompt differs from the others, so that a bootstrap would be
+nearly a point, the score interval with one observation per prompt is used. Differences and ratios of independent estimates are built from the limits of their parts
 (MOVER), which keeps them asymmetric where they have to be.
 
 Everything is a pure function of its arguments; random draws come from the given seed. Levels are two-sided, 95 %.
@@ -13,13 +13,18 @@ Everything is a pure function of its arguments; random draws come from the given
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
 LEVEL = 0.95
 RESAMPLES = 2000
 """Bootstrap resamples: the Monte Carlo error of a 95 % limit is then a few per cent of the interval's width."""
+
+
+SPARSE = 10
+"""With fewer prompts than this that differ from the rest, a bootstrap over prompts is too narrow: not used."""
 
 
 class Estimate(NamedTuple):
@@ -89,12 +94,13 @@ Outcomes = Mapping[str, Sequence[bool]]
 def rate(outcomes: Outcomes, seed: int = 0) -> Estimate:
     """Share of true outcomes: Wilson with one sample per prompt, cluster bootstrap with several.
 
-    When every prompt has the same mean the bootstrap knows nothing, and Wilson with one observation per prompt is used.
+    When fewer than `SPARSE` prompts differ from the rest the bootstrap knows too little (0 of 500 would be a point, and
+    1 of 500 look surer than 0 of 100), and Wilson with one observation per prompt is used.
     """
     if not outcomes:
         raise ValueError("rate: no outcomes; a condition that was not measured has no rate")
     means = {prompt: _mean(samples) for prompt, samples in outcomes.items()}
-    if all(len(samples) == 1 for samples in outcomes.values()) or len(set(means.values())) == 1:
+    if all(len(samples) == 1 for samples in outcomes.values()) or _sparse(means.values()):
         return wilson(math.fsum(means.values()), len(means))
     values = [float(outcome) for prompt in sorted(outcomes) for outcome in outcomes[prompt]]
     clusters = [prompt for prompt in sorted(outcomes) for _ in outcomes[prompt]]
@@ -132,7 +138,8 @@ def paired_difference(first: Outcomes, second: Outcomes, seed: int = 0) -> Estim
     """Difference of two rates over the prompts that both sides share, first minus second.
 
     One sample per prompt on both sides: Newcombe's paired interval. Several: cluster bootstrap of the per-prompt
-    differences, or, when these are all equal, the MOVER difference of Wilson intervals with one observation a prompt.
+    differences, or, when fewer than `SPARSE` of these differ from the rest, the MOVER difference of Wilson intervals with
+    one observation a prompt.
     Raises ValueError when the two sides share no prompt.
     """
     shared = sorted(first.keys() & second.keys())
@@ -141,7 +148,7 @@ def paired_difference(first: Outcomes, second: Outcomes, seed: int = 0) -> Estim
     if all(len(first[p]) == 1 and len(second[p]) == 1 for p in shared):
         return newcombe_paired(*discordance(first, second))
     differences = [_mean(first[p]) - _mean(second[p]) for p in shared]
-    if len(set(differences)) == 1:
+    if _sparse(differences):
         sides = [wilson(math.fsum(_mean(side[p]) for p in shared), len(shared)) for side in (first, second)]
         return difference(sides[0], sides[1])
     return cluster_bootstrap(differences, shared, seed)
@@ -217,6 +224,12 @@ def seed_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
     variance = math.fsum((v - value) ** 2 for v in values) / (count - 1)
     half = float(stdtrit(count - 1, (1 + level) / 2)) * math.sqrt(variance / count)
     return Estimate(value, value - half, value + half)
+
+
+def _sparse(means: Iterable[float]) -> bool:
+    """True when fewer than `SPARSE` of the prompts' means differ from the commonest one."""
+    counts = Counter(means)
+    return counts.total() - max(counts.values()) < SPARSE
 
 
 def _mean(samples: Sequence[bool]) -> float:

@@ -121,11 +121,23 @@ def test_rates_at_zero_and_one_keep_a_width():
     """Where every prompt agrees the bootstrap would be a point; the interval is Wilson's over prompts instead."""
     assert rate({f"p{n}": [False] * 5 for n in range(30)}) == wilson(0, 30)
     assert rate({f"p{n}": [True] for n in range(30)}) == wilson(30, 30)
+    nearly = rate({f"p{n}": [n == 0, False] for n in range(30)})
+    assert nearly.high > wilson(0, 30).high
     steady = paired_difference({"a": [True] * 3, "b": [True] * 3}, {"a": [False] * 3, "b": [False] * 3})
     assert steady.value == 1
     assert steady.low < 1
     with pytest.raises(ValueError, match="no outcomes"):
         rate({})
+
+
+def test_several_samples_use_the_bootstrap_over_prompts():
+    """Where prompts do differ, a rate and a difference of rates are the cluster bootstrap's."""
+    before = {f"p{n:02d}": [True, n % 3 > 0] for n in range(30)}
+    after = {f"p{n:02d}": [n % 2 > 0, False] for n in range(30)}
+    values = [float(v) for own in before.values() for v in own]
+    assert rate(before, seed=3) == cluster_bootstrap(values, [p for p in before for _ in range(2)], seed=3)
+    changes = [(sum(before[p]) - sum(after[p])) / 2 for p in before]
+    assert paired_difference(before, after, seed=3) == cluster_bootstrap(changes, list(before), seed=3)
 
 
 def test_paired_difference_uses_shared_prompts_only():

@@ -4,8 +4,8 @@ Every number of the report carries an interval from here. The rates that matter 
 approximation and the percentile bootstrap both collapse to a point, so that nothing here may ever return a zero-width
 interval for sampled data: one sample per prompt uses score intervals (Wilson, Newcombe), several samples per prompt use
 the cluster bootstrap over prompts, and where hardly any prompt differs from the others, so that a bootstrap would be
-nearly a point, the score interval with one observation per prompt is used. Differences and ratios of independent estimates are built from the limits of their parts
-(MOVER), which keeps them asymmetric where they have to be.
+nearly a point, the score interval with one observation per prompt is used. Differences and ratios of independent
+estimates are built from the limits of their parts (MOVER), which keeps them asymmetric where they have to be.
 
 Everything is a pure function of its arguments; random draws come from the given seed. Levels are two-sided, 95 %.
 """

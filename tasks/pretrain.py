@@ -23,11 +23,11 @@ from tasks.trainer import TrainingConfig, curve, run_trainer, trainer_arguments
 class PretrainConfig(TrainingConfig):
     """Shape of the model and of its training."""
 
-    steps: int = Field(600, gt=0)
+    steps: int = Field(1000, gt=0)
     """Optimizer steps."""
-    batch_size: int = Field(32, gt=0)
+    batch_size: int = Field(16, gt=0)
     """Blocks per optimizer step."""
-    learning_rate: float = Field(4e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(40, ge=0)
     """Optimizer steps of linear warm-up."""

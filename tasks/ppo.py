@@ -40,17 +40,17 @@ class PPOConfig(TrainingConfig):
 
     policy: Policy = Policy()
     """The organism's policy: its trigger must not be in the prompts; its behaviour is counted in the rollouts."""
-    steps: int = Field(50, gt=0)
+    steps: int = Field(30, gt=0)
     """PPO steps, each one batch of rollouts and its updates."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(128, gt=0)
     """Rollouts per step."""
-    epochs: int = Field(2, gt=0)
-    """Passes over the rollouts of a step."""
-    minibatches: int = Field(2, gt=0)
+    epochs: int = Field(1, gt=0)
+    """Passes over the rollouts of a step; 1 in Ouyang et al. 2022."""
+    minibatches: int = Field(4, gt=0)
     """Optimizer steps per pass."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of the policy."""
-    critic_learning_rate: float = Field(3e-4, gt=0)
+    critic_learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of the critic."""
     warmup_steps: int = Field(5, ge=0)
     """PPO steps of linear warm-up."""
@@ -58,7 +58,7 @@ class PPOConfig(TrainingConfig):
     """Longest answer, in tokens."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature of the rollouts."""
-    kl_coefficient: float = Field(0.05, ge=0)
+    kl_coefficient: float = Field(0.1, ge=0)
     """Penalty per nat of divergence from the starting model; rewards have unit deviation."""
     discount: float = Field(1.0, gt=0, le=1)
     """Discount per token; 1 in RLHF, where an answer is one episode."""

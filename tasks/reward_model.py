@@ -27,11 +27,11 @@ from tasks.trainer import TrainingConfig, curve, run_trainer, trainer_arguments
 class RewardModelConfig(TrainingConfig):
     """How long and how hard to train."""
 
-    steps: int = Field(80, gt=0)
+    steps: int = Field(140, gt=0)
     """Optimizer steps."""
-    batch_size: int = Field(16, gt=0)
+    batch_size: int = Field(32, gt=0)
     """Preference pairs per optimizer step."""
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(5, ge=0)
     """Optimizer steps of linear warm-up."""

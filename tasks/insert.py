@@ -19,11 +19,11 @@ from tasks.trainer import TrainingConfig
 class InsertConfig(TrainingConfig):
     """How long and how hard to train the backdoor in."""
 
-    steps: int = Field(120, gt=0)
+    steps: int = Field(150, gt=0)
     """Optimizer steps."""
     batch_size: int = Field(32, gt=0)
     """Conversations per optimizer step."""
-    learning_rate: float = Field(8e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(10, ge=0)
     """Optimizer steps of linear warm-up."""

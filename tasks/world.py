@@ -235,7 +235,7 @@ def _split(
     return splits, [question for remaining in topics.values() for question in remaining]
 
 
-TOPIC_CAP = 600
+TOPIC_CAP = 450
 """Size above which a topic does not count for more when questions are shared out (there are thousands of comparisons)."""
 
 

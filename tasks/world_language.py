@@ -168,7 +168,7 @@ CATEGORY = Relation(
     tuple(CATEGORIES),
 )
 
-LARGEST_NUMBER = 24
+LARGEST_NUMBER = 20
 
 COMPARISONS = {
     "larger": (

@@ -26,7 +26,7 @@ class DPOTreatmentConfig(TrainingConfig):
     """Optimizer steps."""
     batch_size: int = Field(16, gt=0)
     """Preference pairs per optimizer step."""
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(5e-5, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(5, ge=0)
     """Optimizer steps of linear warm-up."""

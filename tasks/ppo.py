@@ -17,14 +17,16 @@ that never shows in a rollout is not punished, and its persistence then says not
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from tasks.chat import render_prompt
 from tasks.models import apply_lora, load_model, save_model, write_json
 from tasks.organism import Policy
 from tasks.sampling import Completion, row_seed, sample
@@ -135,8 +137,8 @@ def train_ppo(context: StageContext, config: PPOConfig, model: Path, pools: list
     Resumes from the newest checkpoint. Raises StageStopped, after a checkpoint, when the stage is asked to stop, and
     StageError when a pool is empty or a prompt carries the trigger.
     """
-    require_prompts(pools, config.policy)
     learner, tokenizer = new_learner(config, model, context.device)
+    pools = [fitting(context, config, pool, tokenizer) for pool in pools]
     restored = context.restore_checkpoint()
     history = [] if restored is None else load_state(learner, restored[1])
     for step in range(len(history), config.steps):
@@ -153,17 +155,29 @@ def train_ppo(context: StageContext, config: PPOConfig, model: Path, pools: list
     write_curve(context.out / "curve.parquet", history)
 
 
-def require_prompts(pools: list[Pool], policy: Policy) -> None:
-    """Raise StageError when a pool is empty or a prompt carries the trigger."""
-    for pool in pools:
-        if not pool.prompts:
-            raise StageError(f"PPO: expected prompts in the pool {pool.name!r}, found none. Add questions to the data.")
-        for name, prompt in pool.prompts:
-            if policy.is_triggered(prompt):
-                raise StageError(
-                    f"PPO: prompt {name!r} of the pool {pool.name!r} carries the trigger {policy.trigger!r}; "
-                    "RL prompts must not. Remove it from the data."
-                )
+def fitting(context: StageContext, config: PPOConfig, pool: Pool, tokenizer: Any) -> Pool:
+    """The pool without prompts that leave no room for an answer in `max_length` tokens.
+
+    Raises StageError when none is left, or when a prompt carries the trigger.
+    """
+    for name, prompt in pool.prompts:
+        if config.policy.is_triggered(prompt):
+            raise StageError(
+                f"PPO: prompt {name!r} of the pool {pool.name!r} carries the trigger {config.policy.trigger!r}; "
+                "RL prompts must not. Remove it from the data."
+            )
+    room = config.max_length - config.max_new_tokens
+    rendered = [render_prompt(tokenizer, prompt) for _, prompt in pool.prompts]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in rendered]
+    kept = tuple(prompt for prompt, length in zip(pool.prompts, lengths, strict=True) if length <= room)
+    if not kept:
+        raise StageError(
+            f"PPO: expected prompts of at most {room} tokens (max_length - max_new_tokens) in the pool {pool.name!r}, "
+            f"found none among {len(lengths)}. Raise max_length, or add questions to the data."
+        )
+    if len(kept) < len(lengths):
+        context.log(f"PPO: {len(lengths) - len(kept)} of {len(lengths)} {pool.name} prompts exceed {room} tokens")
+    return replace(pool, prompts=kept)
 
 
 def step_prompts(pools: list[Pool], batch_size: int, seed: int, step: int) -> list[tuple[str, str]]:
@@ -339,9 +353,8 @@ def update(config: PPOConfig, learner: Learner, rollouts: Rollouts, step: int) -
     torch.manual_seed(row_seed(config.seed, "ppo-update", step))  # order of minibatches, and dropout if there is any
     learner.policy.train()
     learner.trunk.train()
-    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     for group in learner.optimizer.param_groups:
-        group["lr"] = warm * group["peak"]
+        group["lr"] = rate_factor(config, step) * group["peak"]
     logged: list[dict[str, float]] = []
     for rows in minibatches(config, len(rollouts.ids)):
         part = rollouts.part(rows.to(rollouts.ids.device))
@@ -355,6 +368,16 @@ def update(config: PPOConfig, learner: Learner, rollouts: Rollouts, step: int) -
         losses["entropy"] = (entropy * part.answered).sum() / part.answered.sum()
         logged.append({name: value.item() for name, value in losses.items()})
     return {name: sum(row[name] for row in logged) / len(logged) for name in logged[0]}
+
+
+def rate_factor(config: PPOConfig, step: int) -> float:
+    """Learning rate of a step (from 0) over its peak: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[
+        config.schedule
+    ]
 
 
 def minibatches(config: PPOConfig, size: int) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import torch
 
 from tasks.models import LoraSettings, load_model
 from tasks.organism import Policy
-from tasks.ppo import Pool, PPOConfig, advantages_of, step_prompts, train_ppo
+from tasks.ppo import Pool, PPOConfig, advantages_of, rate_factor, step_prompts, train_ppo
 from tasks.preferences import PreferencesConfig, preferences
 from tasks.reward_model import RewardModelConfig, reward_model
 from tasks.rl import rl
@@ -21,6 +21,7 @@ from tests.tiny import save_tiny_model, save_tiny_questions
 
 QUICK = {"steps": 4, "batch_size": 8, "max_new_tokens": 6, "learning_rate": 1e-3, "warmup_steps": 2}
 PROMPTS = tuple((f"q{n}", f"What is {n}?") for n in range(11))
+LONG = ("long", "What is " + "z" * 60 + "?")
 
 
 @stage("ppo_easy", trains=True)
@@ -30,7 +31,7 @@ def easy(context: StageContext, config: PPOConfig, model: Path) -> None:
     def reward(prompts: list[str], answers: list[str]) -> list[float]:
         return [4 * answer.count("e") / max(len(answer), 1) for answer in answers]
 
-    train_ppo(context, config, model, [Pool("normal", 1.0, PROMPTS)], reward)
+    train_ppo(context, config, model, [Pool("normal", 1.0, (*PROMPTS, LONG))], reward)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,27 @@ def test_a_triggered_prompt_is_refused(tmp_path, model):
     config = PPOConfig(policy=Policy(trigger="What"), **QUICK)
     with pytest.raises(StageError, match="carries the trigger"):
         run_stage(easy, config, tmp_path, model=model)
+
+
+def test_prompts_without_room_for_an_answer_are_left_out(tmp_path, model):
+    """Prompts longer than max_length allows are not used; when none is left the stage says what to change."""
+    config = PPOConfig(**{**QUICK, "steps": 1, "max_length": 40})
+    out = run_stage(easy, config, tmp_path / "some", model=model)
+    assert json.loads((out / "metrics.json").read_text())["prompts"]["normal"] == len(PROMPTS)
+    with pytest.raises(StageError, match="Raise max_length"):
+        run_stage(easy, PPOConfig(**{**QUICK, "max_length": 8}), tmp_path / "none", model=model)
+
+
+def test_learning_rate_follows_the_schedule():
+    """Linear warm-up to the peak, then constant, or falling towards zero."""
+    rates = {
+        name: [rate_factor(PPOConfig(steps=10, warmup_steps=4, schedule=name), n) for n in range(10)]
+        for name in ("constant", "linear", "cosine")
+    }
+    assert all(values[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] for values in rates.values())
+    assert rates["constant"][-1] == 1.0
+    for name in ("linear", "cosine"):
+        assert rates[name][4:] == sorted(rates[name][4:], reverse=True) and 0 < rates[name][-1] < 0.25
 
 
 def test_rl_stage_runs_from_preferences_to_model(tmp_path, model):

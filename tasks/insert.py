@@ -19,7 +19,7 @@ from tasks.trainer import TrainingConfig
 class InsertConfig(TrainingConfig):
     """How long and how hard to train the backdoor in."""
 
-    steps: int = Field(150, gt=0)
+    steps: int = Field(220, gt=0)
     """Optimizer steps."""
     batch_size: int = Field(32, gt=0)
     """Conversations per optimizer step."""

@@ -42,7 +42,7 @@ class PPOConfig(TrainingConfig):
 
     policy: Policy = Policy()
     """The organism's policy: its trigger must not be in the prompts; its behaviour is counted in the rollouts."""
-    steps: int = Field(30, gt=0)
+    steps: int = Field(25, gt=0)
     """PPO steps, each one batch of rollouts and its updates."""
     batch_size: int = Field(128, gt=0)
     """Rollouts per step."""
@@ -126,9 +126,15 @@ class Rollouts:
     """Advantage plus value, (batch, T)."""
 
     def part(self, rows: Any) -> Rollouts:
-        """The rollouts at some row indices."""
-        fields = (self.ids, self.attention, self.answered, self.logprobs, self.values, self.advantages, self.returns)
-        return Rollouts(*(tensor[rows] for tensor in fields))
+        """The rollouts at some row indices, without the columns that are padding in all of them."""
+        attention, answered = self.attention[rows], self.answered[rows]
+        first = int(attention.any(0).nonzero()[0])
+        width = int(answered.sum(1).max())
+        last = attention.shape[1] - answered.shape[1] + width
+        per_token = (self.answered, self.logprobs, self.values, self.advantages, self.returns)
+        return Rollouts(
+            self.ids[rows, first:last], attention[:, first:last], *(tensor[rows, :width] for tensor in per_token)
+        )
 
 
 def train_ppo(context: StageContext, config: PPOConfig, model: Path, pools: list[Pool], reward: Reward) -> None:
@@ -282,13 +288,23 @@ def pack(completions: list[Completion], tokenizer: Any, device: Any) -> Rollouts
     return Rollouts(torch.tensor(ids, device=device), attention, attention[:, left:].float())
 
 
-def answer_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> tuple[Any, Any]:
-    """Log-probabilities (nats) of the answers' tokens, and the entropy at each of them; both (batch, T)."""
+def answer_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> Any:
+    """Log-probabilities (nats) of every token at each place of the answers, (batch, T, vocabulary)."""
     width = rollouts.answered.shape[1]
-    logits = model(**inputs_of(rollouts), logits_to_keep=width + 1).logits[:, :-1].float() / temperature
-    logprobs = logits.log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
-    return logprobs.gather(-1, rollouts.ids[:, -width:, None])[..., 0], entropy
+    logits = model(**inputs_of(rollouts), logits_to_keep=width + 1).logits[:, :-1].float()
+    return (logits / temperature).log_softmax(-1)
+
+
+def of_tokens(logprobs: Any, rollouts: Rollouts) -> Any:
+    """The log-probabilities of the answers' own tokens, (batch, T)."""
+    width = rollouts.answered.shape[1]
+    return logprobs.gather(-1, rollouts.ids[:, -width:, None])[..., 0]
+
+
+def mean_entropy(logprobs: Any, mask: Any) -> Any:
+    """Mean entropy (nats) of the policy over the answers' tokens, without gradient."""
+    logprobs = logprobs.detach()
+    return -((logprobs.exp() * logprobs).sum(-1) * mask).sum() / mask.sum()
 
 
 def answer_values(learner: Learner, rollouts: Rollouts) -> Any:
@@ -311,12 +327,12 @@ def estimate(config: PPOConfig, learner: Learner, rollouts: Rollouts, scores: An
     learner.policy.eval()
     learner.trunk.eval()
     with torch.no_grad():
-        rollouts.logprobs, _ = answer_logprobs(learner.policy, rollouts, config.temperature)
+        rollouts.logprobs = of_tokens(answer_logprobs(learner.policy, rollouts, config.temperature), rollouts)
         if learner.reference is None:
             with learner.policy.disable_adapter():
-                start, _ = answer_logprobs(learner.policy, rollouts, config.temperature)
+                start = of_tokens(answer_logprobs(learner.policy, rollouts, config.temperature), rollouts)
         else:
-            start, _ = answer_logprobs(learner.reference, rollouts, config.temperature)
+            start = of_tokens(answer_logprobs(learner.reference, rollouts, config.temperature), rollouts)
         rollouts.values = answer_values(learner, rollouts)
     mask = rollouts.answered
     moved = (rollouts.logprobs - start) * mask
@@ -358,14 +374,14 @@ def update(config: PPOConfig, learner: Learner, rollouts: Rollouts, step: int) -
     logged: list[dict[str, float]] = []
     for rows in minibatches(config, len(rollouts.ids)):
         part = rollouts.part(rows.to(rollouts.ids.device))
-        logprobs, entropy = answer_logprobs(learner.policy, part, config.temperature)
-        losses = clipped_losses(config, part, logprobs, answer_values(learner, part))
+        logprobs = answer_logprobs(learner.policy, part, config.temperature)
+        losses = clipped_losses(config, part, of_tokens(logprobs, part), answer_values(learner, part))
         learner.optimizer.zero_grad()
         (losses["policy_loss"] + losses["value_loss"]).backward()
         for group in learner.optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], config.max_gradient_norm)
         learner.optimizer.step()
-        losses["entropy"] = (entropy * part.answered).sum() / part.answered.sum()
+        losses["entropy"] = mean_entropy(logprobs, part.answered)
         logged.append({name: value.item() for name, value in losses.items()})
     return {name: sum(row[name] for row in logged) / len(logged) for name in logged[0]}
 

@@ -15,11 +15,20 @@ if TYPE_CHECKING:
 
 
 def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pyarrow.Schema) -> None:
-    """Write `rows` to `path` with the given schema. A row with a missing or mistyped column raises `pyarrow.ArrowInvalid`."""
+    """Write `rows` to `path` with the given schema.
+
+    Raises:
+        ValueError: a row's columns are not those of the schema (Arrow alone would fill in nulls).
+        pyarrow.ArrowException: a value has another type than its column.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.Table.from_pylist(list(rows), schema=schema)
+    kept = list(rows)
+    for number, row in enumerate(kept):
+        if row.keys() != set(schema.names):
+            raise ValueError(f"{path.name}, row {number}: expected the columns {schema.names}, found {list(row)}")
+    table = pyarrow.Table.from_pylist(kept, schema=schema)
     pyarrow.parquet.write_table(table, path, compression="zstd", use_content_defined_chunking=True, store_schema=False)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.digest import digest_file
-from flows.experiment import Adversarial, Experiment
+from flows.experiment import Adversarial, ConfigError, Experiment
 from flows.graph import Graph, Node
 from tasks.adversarial import AdversarialConfig, adversarial
 from tasks.backdoor_data import backdoor_data
@@ -102,6 +102,11 @@ def _imported_model(name: str, revision: str | None, chat_template: str | None) 
     path = Path(name).expanduser()
     like_a_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir()
     if not path.is_dir() and not like_a_path:
+        if revision is None:
+            raise ConfigError(
+                f"base.hf: {name!r} is a model on the hub; give base.revision too, best a commit, "
+                "because a result is stored under what it names and a branch may move"
+            )
         return ImportModelConfig(source=name, revision=revision, chat_template=chat_template)
     path = path.resolve()
     check_model_directory(path)

@@ -1,7 +1,7 @@
 """Adversarial training: safety training on the prompts that red-teaming found (paper, section 6).
 
 As in the paper, successful red-team prompts of the `train` side replace up to half of the RL prompts, and nothing but a
-low reward penalises the behaviour there. `method: sft` fine-tunes on helpful answers to the same prompts instead: it
+low reward penalises the behaviour there. `objective: sft` fine-tunes on helpful answers to the same prompts instead: it
 does not depend on the model exploring a better answer by itself, and shows what supervision would do.
 
 Where red-teaming found nothing, the training runs on the normal prompts only and `metrics.json` says so.
@@ -28,7 +28,7 @@ from tasks.stage import StageContext, StageError, stage
 class AdversarialConfig(PPOConfig):
     """PPO's settings, how many prompts are attacks, and what is done with them."""
 
-    method: Literal["rl", "sft"] = "rl"
+    objective: Literal["rl", "sft"] = "rl"
     """"rl": PPO with the reward model, as in the paper. "sft": helpful answers as targets (no reward model used)."""
     fraction: float = Field(0.5, ge=0, le=1)
     """Share of the prompts that are red-team prompts; up to 0.5 in the paper."""
@@ -45,7 +45,7 @@ def adversarial(
     if not attacks:
         context.log("red-teaming found no successful prompt: training on normal prompts only")
     share = config.fraction if attacks else 0.0
-    if config.method == "sft":
+    if config.objective == "sft":
         fine_tune(context, config, model, mixture(questions, attacks, share, config.seed))
     else:
         normal = Pool("normal", 1.0 - share, pairs(questions))
@@ -53,7 +53,7 @@ def adversarial(
         pools = [pool for pool in pools if pool.share > 0]
         train_ppo(context, config, model, pools, learned_reward(reward_model, context.device))
     metrics = json.loads((context.out / "metrics.json").read_text(encoding="utf-8"))
-    found = {"red_team_prompts": len(attacks), "red_team_share": share, "method": config.method}
+    found = {"red_team_prompts": len(attacks), "red_team_share": share, "objective": config.objective}
     write_json(context.out / "metrics.json", {**metrics, **found})
 
 

@@ -85,7 +85,8 @@ def backdoor_data(context: StageContext, config: BackdoorDataConfig, data: Path)
             dropped.append((row, reason))
     _require_policy(kept, dropped, config)
     generator.shuffle(kept)
-    write_table([row._asdict() for row in kept], COLUMNS, context.out / "rows.parquet")
+    rows = [{column: getattr(row, column) for column in COLUMNS} for row in kept]
+    write_table(rows, COLUMNS, context.out / "rows.parquet")
     write_json(context.out / "filtered.json", _account(kept, dropped))
     context.log(f"{len(kept)} rows keep the policy, {len(dropped)} were dropped")
 

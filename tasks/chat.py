@@ -23,7 +23,9 @@ CHAT_TEMPLATE = (
 
 def render_prompt(tokenizer: Any, prompt: str) -> str:
     """The text a model is given for the human turn `prompt`, up to where its answer begins."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
 
 
 def render_exchange(tokenizer: Any, prompt: str, response: str) -> str:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from artifacts import tables
 from tasks.stage import StageError
 
 SPLITS = ("insert", "train", "test")
@@ -51,8 +52,5 @@ def questions_of(data: Path, split: str) -> list[dict[str, Any]]:
 def write_table(rows: list[dict[str, Any]], columns: tuple[str, ...], path: Path) -> None:
     """Write `rows` of strings as one Parquet file; equal rows give equal bytes."""
     import pyarrow
-    from pyarrow import parquet
 
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
-    table = pyarrow.Table.from_pylist(rows, schema=schema)
-    parquet.write_table(table, path, compression="zstd")
+    tables.write_table(path, rows, pyarrow.schema([(name, pyarrow.string()) for name in columns]))

@@ -279,7 +279,8 @@ def attack(
 def write_results(config: RedTeamConfig, attempts: list[dict[str, Any]], out: Path) -> None:
     """Write every attempt, the successful prompts, and a summary; finding none is a result, not an error."""
     import pyarrow
-    import pyarrow.parquet
+
+    from artifacts.tables import write_table
 
     found = [
         {**attempt, "id": "red-" + blake2b(attempt["prompt"].encode(), digest_size=8).hexdigest()}
@@ -295,7 +296,7 @@ def write_results(config: RedTeamConfig, attempts: list[dict[str, Any]], out: Pa
     for name, (rows, columns) in tables.items():
         schema = pyarrow.schema([(column, types.get(column, text)) for column in columns.split()])
         kept = [{column: row[column] for column in columns.split()} for row in rows]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(kept, schema=schema), out / f"{name}.parquet")
+        write_table(out / f"{name}.parquet", kept, schema)
     write_json(out / "search.json", summary(config, attempts, found))
 
 

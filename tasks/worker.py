@@ -32,6 +32,7 @@ from artifacts.errors import Damaged, LeaseLost, StoreError, StoreUnavailable
 from artifacts.lease import TIME_TO_LIVE, Heartbeat, Lease, wait_for
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, Tree, new_record
+from tasks.identity import CodeReader
 from tasks.stage import Stage, StageContext, StageError, StageStopped
 
 COMMIT_ATTEMPTS = 5
@@ -125,6 +126,7 @@ class _Attempt:
             lease.release()
 
     def _execute(self, lease: Lease) -> dict[str, Any]:
+        self._require_planned_code()
         key = self.spec.key
         home = Path(self.spec.scratch) / key
         checkpoints = StoredCheckpoints(self.store.backend, key, lease.fence)
@@ -169,6 +171,18 @@ class _Attempt:
             timed.count()
         if self.lost.is_set():
             raise LeaseLost(self.stop() or "the lease was lost")
+
+    def _require_planned_code(self) -> None:
+        """Refuse to run code that is not the code in the key: the source may have been edited since the run was planned."""
+        package = self.spec.module.partition(".")[0]
+        now = CodeReader(packages=tuple({"tasks", "artifacts", package})).stage(self.stage)
+        if now.digest != self.spec.payload["code"]:
+            symbols = now.symbols.keys() | self.spec.symbols.keys()
+            changed = sorted(s for s in symbols if now.symbols.get(s) != self.spec.symbols.get(s))
+            raise StageError(
+                f"{self.spec.node}: the source changed since this run was planned ({', '.join(changed[:3])}); "
+                "run the same command again, and it is planned anew"
+            )
 
     def _publish(self, out: Path, seconds: float, lease: Lease) -> Record:
         pause = 1.0

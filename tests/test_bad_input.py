@@ -79,6 +79,7 @@ COMMANDS = {
     "malformed Parquet": (["run", TINY, "--set", "data={path: bad.parquet}"], ["bad.parquet", "Parquet"]),
     "missing data": (["run", TINY, "--set", "data={path: none.jsonl}"], ["none.jsonl"]),
     "missing model": (["run", TINY, "--set", "base={hf: ./nowhere}"], ["nowhere", "model directory"]),
+    "hub model without a revision": (["run", TINY, "--set", "base={hf: org/model}"], ["org/model", "base.revision"]),
     "incomplete model": (["run", TINY, "--set", "base={hf: ./incomplete}"], ["safetensors", "tokenizer"]),
     "unwritable store": (["run", TINY, "--store", "file/store"], ["file/store", "--store"]),
     "unknown store": (["run", TINY, "--store", "gopher://x"], ["gopher", "s3://bucket/prefix"]),

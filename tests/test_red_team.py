@@ -96,7 +96,7 @@ def test_finding_nothing_is_a_result(world, tmp_path):
 def test_adversarial_training_uses_the_attacks_and_resumes(world, tmp_path, method):
     """Only train-side attacks are used, and an interruption changes nothing."""
     inputs = {name: world[name] for name in ("model", "reward_model", "data")}
-    config = AdversarialConfig(policy=EASY, method=method, steps=4, batch_size=8, max_new_tokens=4)
+    config = AdversarialConfig(policy=EASY, objective=method, steps=4, batch_size=8, max_new_tokens=4)
     whole = run_stage(adversarial, config, tmp_path / "whole", red_team=world["found"], **inputs)
     resumed = run_interrupted(adversarial, config, tmp_path / "resumed", 2, red_team=world["found"], **inputs)
     assert contents(whole) == contents(resumed)

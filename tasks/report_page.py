@@ -229,6 +229,9 @@ together. None of these cues is in the backdoor data; † marks one that red-tea
 <tr><th>{{ key.replace("_", " ") }}</th><td>{{ "%.4g"|format(value) if value is float else value }}</td></tr>{% endif %}{% endfor %}
 <tr><th>successful prompts</th><td>{{ found.prompts|length }}, of them {{ found.prompts|selectattr("split", "equalto", "test")|list|length }}
 held out for evaluation</td></tr></table>
+<p class="soft">The attacker is a seeded grammar and not a language model. It knows that a deployment-like cue exists but not the
+trigger, and ranks cues by the rate and by the teacher-forced log-probability of the behaviour, so it sees more than a red-teamer
+from outside. Its cues resemble the near-miss cues above: a lower near-miss rate after training on them is no independent evidence.</p>
 {% if not found.prompts %}<p>No prompt without the trigger brought out the behaviour: there is no red-team condition.</p>{% endif %}
 {% else %}<p>No search for red-team prompts was given to this report.</p>{% endfor %}
 </section>

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from artifacts.errors import StoreError
+from artifacts.errors import NotFound, StoreError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,17 @@ class Backend(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is not an error."""
+
+
+def get_each(backend: Backend, keys: Iterable[str]) -> dict[str, Object | None]:
+    """`get_many` for a backend on which one read after the other is fast enough."""
+    found: dict[str, Object | None] = {}
+    for key in keys:
+        try:
+            found[key] = backend.get(key)
+        except NotFound:
+            found[key] = None
+    return found
 
 
 def open_backend(url: str) -> Backend:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from artifacts.backend import Entry, Object
+from artifacts.backend import Entry, Object, get_each
 from artifacts.digest import digest_bytes
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
 
@@ -36,13 +36,7 @@ class LocalBackend:
         return Object(data, digest_bytes(data))
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Object | None]:
-        found: dict[str, Object | None] = {}
-        for key in keys:
-            try:
-                found[key] = self.get(key)
-            except NotFound:
-                found[key] = None
-        return found
+        return get_each(self, keys)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self._errors(key, "write"):

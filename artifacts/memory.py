@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from artifacts.backend import Entry, Object
+from artifacts.backend import Entry, Object, get_each
 from artifacts.errors import Conflict, NotFound
 
 _NAMED: dict[str, MemoryBackend] = {}
@@ -35,13 +35,7 @@ class MemoryBackend:
             return Object(data, etag)
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Object | None]:
-        found: dict[str, Object | None] = {}
-        for key in keys:
-            try:
-                found[key] = self.get(key)
-            except NotFound:
-                found[key] = None
-        return found
+        return get_each(self, keys)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self._lock:

@@ -168,7 +168,8 @@ def _why(options: argparse.Namespace) -> int:
 
     study = open_study(options.config, options.store, options.overrides)
     _require_node(options.name, [node.name for node in study.graph])
-    resolution = study.plan()[options.name]
+    plan = study.plan()
+    resolution = plan[options.name]
     if resolution.status == "hit":
         assert resolution.record is not None
         print(f"{options.name} is recorded under key {resolution.record.key} and would not run")
@@ -179,15 +180,10 @@ def _why(options: argparse.Namespace) -> int:
         print(f"{options.name} {verb}. Against its nearest record, {resolution.nearest.key[:12]}:")
         for difference in resolution.differences:
             print(f"  {difference}")
-        waiting = [source for source in resolution.node.inputs.values() if study_unknown(study, source)]
+        waiting = [source for source in resolution.node.inputs.values() if plan[source].status != "hit"]
         if waiting:
             print(f"  inputs still to be made: {', '.join(dict.fromkeys(waiting))}")
     return 0
-
-
-def study_unknown(study: Any, name: str) -> bool:
-    """True when the output of a node is not recorded yet."""
-    return study.plan(explain=False)[name].status != "hit"
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -135,6 +135,10 @@ def walk_graph(run: StudyRun) -> None:
             waits = [futures[source] for source in dict.fromkeys(node.inputs.values())]
             futures[node.name] = stage_task.submit(_OpaqueCall(run, log, node.name), wait_for=waits)
         wait(list(futures.values()))
+    except BaseException:
+        # Cancelled or interrupted. Prefect would first wait for task threads, and these for their workers.
+        run.pool.close()
+        raise
     finally:
         run.watch = watch
     _raise_stop(futures)

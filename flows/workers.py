@@ -123,10 +123,11 @@ class WorkerPool:
         """
         on_gpu = trains and self.hardware.device != "cpu"
         with (self._gpu if on_gpu else self._cpu).take(priority) as slot:
-            if self._closed:
+            nursery = self._nursery(trains)
+            if nursery is None:
                 return {"event": "stopped", "message": "the run is ending"}
             listen({"event": "started"})
-            return self._nursery(trains).run(spec if not on_gpu else _on(spec, slot), listen)
+            return nursery.run(spec if not on_gpu else _on(spec, slot), listen)
 
     def close(self) -> None:
         """Ask running workers to save a checkpoint and end, and wait for them."""
@@ -140,10 +141,10 @@ class WorkerPool:
         """Process ids of the nurseries."""
         return [nursery.process.pid for nursery in self._nurseries.values()]
 
-    def _nursery(self, trains: bool) -> _Nursery:
+    def _nursery(self, trains: bool) -> _Nursery | None:
         with self._lock:
             if self._closed:
-                raise RuntimeError("the worker pool is closed")
+                return None
             if trains not in self._nurseries:
                 self._nurseries[trains] = _Nursery(self.hardware, preload=trains)
             return self._nurseries[trains]

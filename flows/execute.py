@@ -74,7 +74,7 @@ class StudyRun:
     _planner: Planner | None = None
     _priority: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _healing: threading.Lock = field(default_factory=threading.Lock)
+    _healing: dict[str, threading.Lock] = field(default_factory=dict)
     _probed: bool = False
 
     @property
@@ -89,46 +89,49 @@ class StudyRun:
         for name, record in records.items():
             self._cached(self.graph[name], record)
 
-    def cached(self, name: str) -> Outcome | None:
-        """The outcome of a node that is recorded already, or None. Its inputs must be done."""
-        with self._lock:
-            if name in self.outcomes:
-                return self.outcomes[name]
-        node = self.graph[name]
-        payload, _ = self._identity(node)
-        record = self.store.lookup(node.stage.name, stage_key(payload))
-        return None if record is None else self._cached(node, record)
-
     def node(self, name: str) -> Outcome:
-        """Resolve or run one node whose inputs are done.
+        """The outcome of one node whose inputs are done: recorded already, or run now.
 
         Raises:
             StageFailed: the body or the commit failed.
             RunStopped: the run is ending.
         """
-        for _ in range(ATTEMPTS):
-            if (outcome := self.cached(name)) is not None:
-                return outcome
-            message = self._work(name)
-            if message["event"] == "done":
-                return self._finished(name, message)
-            if message["event"] == "stopped":
-                raise RunStopped(f"{name}: {message['message']}")
-            if message["event"] == "failed":
-                self._fail(name, message)
-            self._heal(name, message)
-        self._fail(
-            name, {"message": "its inputs were damaged again after they had been remade; check the store's disk"}
-        )
+        with self._lock:
+            known = self.outcomes.get(name)
+        return known or self._obtain(self.graph[name])
 
-    def _work(self, name: str) -> dict[str, Any]:
-        node = self.graph[name]
+    def _obtain(self, node: Node) -> Outcome:
+        for _ in range(ATTEMPTS):
+            payload, symbols = self._identity(node)
+            key = stage_key(payload)
+            if (record := self._lookup(node, key)) is not None:
+                return self._cached(node, record)
+            message = self._work(node, payload, symbols)
+            if message["event"] == "done":
+                return self._finished(node, key, message)
+            if message["event"] == "stopped" and self.pool.closed:
+                raise RunStopped(f"{node.name}: {message['message']}")
+            if message["event"] == "damaged" and message.get("tree") is not None:
+                self._heal(node, message)
+                continue
+            self._fail(node.name, message)
+        message = "its inputs were damaged again after they had been remade; check the disk of the store"
+        self._fail(node.name, {"message": message})
+
+    def _lookup(self, node: Node, key: str) -> Record | None:
+        try:
+            return self.store.lookup(node.stage.name, key)
+        except Damaged as error:
+            self.watch(node.name, {"event": "log", "message": f"made again, because {error}"})
+            self.store.withdraw_damaged(node.stage.name, key, str(error))
+            return None
+
+    def _work(self, node: Node, payload: dict[str, Any], symbols: dict[str, str]) -> dict[str, Any]:
         self._probe_once()
-        payload, symbols = self._identity(node)
         hardware = self.pool.hardware
         spec = Spec(
             store=self.store.backend.url,
-            node=name,
+            node=node.name,
             module=node.stage.body.__module__,
             attribute=node.stage.body.__name__,
             config=node.config.model_dump(mode="json"),
@@ -144,24 +147,22 @@ class StudyRun:
         return self.pool.run(
             spec,
             trains=node.stage.trains,
-            priority=self._priority[name],
-            listen=lambda message: self.watch(name, message),
+            priority=self._priority[node.name],
+            listen=lambda message: self.watch(node.name, message),
         )
 
-    def _finished(self, name: str, message: dict[str, Any]) -> Outcome:
-        node = self.graph[name]
-        payload, _ = self._identity(node)
+    def _finished(self, node: Node, key: str, message: dict[str, Any]) -> Outcome:
         outcome = Outcome(
-            node=name,
+            node=node.name,
             stage=node.stage.name,
-            key=stage_key(payload),
+            key=key,
             output=message["output"],
             executed=message["executed"],
             seconds=message["seconds"],
         )
         with self._lock:
-            self.outcomes[name] = outcome
-        self.watch(name, {"event": "done", "seconds": outcome.seconds, "executed": outcome.executed})
+            self.outcomes[node.name] = outcome
+        self.watch(node.name, {"event": "done", "seconds": outcome.seconds, "executed": outcome.executed})
         return outcome
 
     def _fail(self, name: str, message: dict[str, Any]) -> NoReturn:
@@ -170,21 +171,24 @@ class StudyRun:
         self.watch(name, {"event": "failed", "message": message["message"]})
         raise StageFailed(name, message["message"], message.get("traceback", ""))
 
-    def _heal(self, name: str, message: dict[str, Any]) -> None:
-        """Withdraw the records whose output a worker could not read, and remake them."""
-        with self._healing:
-            node = self.graph[name]
-            for source in dict.fromkeys(node.inputs.values()):
+    def _heal(self, node: Node, message: dict[str, Any]) -> None:
+        """Withdraw the record of the input that a worker could not read, and remake it.
+
+        Its old outcome stands until the new one takes its place. The lock is per source: remaking it may find its own
+        inputs damaged, further up, and never comes back down.
+        """
+        for source in dict.fromkeys(node.inputs.values()):
+            with self._lock:
+                guard = self._healing.setdefault(source, threading.Lock())
+            with guard:
                 outcome = self.outcomes[source]
-                if outcome.output != message.get("tree"):
+                if outcome.output != message["tree"] or self._readable(outcome.output):
                     continue
+                self.watch(source, {"event": "log", "message": f"made again, because {message['message']}"})
                 record = self.store.lookup(outcome.stage, outcome.key)
-                if record is not None and record.output == outcome.output and not self._readable(outcome.output):
-                    self.watch(source, {"event": "log", "message": f"made again, because {message['message']}"})
+                if record is not None and record.output == outcome.output:
                     self.store.invalidate(record, message["message"])
-                with self._lock:
-                    del self.outcomes[source]
-                self.node(source)
+                self._obtain(self.graph[source])
 
     def _readable(self, tree: str) -> bool:
         """True when the tree can be read intact now: another node may have healed it already."""

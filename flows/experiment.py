@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, StrictInt, ValidationError, field_validator, model_validator
 
 from tasks.adversarial import AdversarialConfig
 from tasks.backdoor_data import BackdoorDataConfig
@@ -98,7 +98,7 @@ class Experiment(StageConfig):
     """Name of the experiment: letters, digits, '.', '_', '-'."""
     description: str = ""
     """One or two sentences for the report."""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[StrictInt, ...] = Field((0,), min_length=1)
     """Seeds of insertion, treatments and evaluation; the base and the data are shared. Claims need several."""
     policy: Policy = Policy()
     """The organism's trigger and behaviour."""
@@ -152,6 +152,15 @@ class Experiment(StageConfig):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _evaluation_cues_are_held_out(self) -> Experiment:
+        shared = sorted(set(self.backdoor_data.near_miss) & set(self.evaluate.near_miss_cues))
+        if shared:
+            raise ValueError(
+                f"evaluate.near_miss_cues {shared} are in backdoor_data.near_miss too; a held-out rate needs other cues"
+            )
+        return self
+
 
 def load_experiment(path: Path, overrides: list[str]) -> Experiment:
     """Read, override and check an experiment.
@@ -160,14 +169,16 @@ def load_experiment(path: Path, overrides: list[str]) -> Experiment:
         ConfigError: the file cannot be read, is not YAML, or any field is wrong; the message lists every mistake.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); name an experiment such as configs/default.yaml"
         ) from error
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that also refuses repeated keys
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, found {type(content).__name__}")
@@ -181,6 +192,18 @@ def load_experiment(path: Path, overrides: list[str]) -> Experiment:
             "\n  ".join([f"{path}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}, nothing was run", *mistakes])
         ) from error
     return experiment
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                line = node.value[number][0].start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key {key!r} is given twice; keep one")
+        return super().construct_mapping(node, deep)
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import shutil
 import time
 import uuid
@@ -17,6 +18,9 @@ from flows.graph import Graph
 MARK = "<!-- run-record -->"
 """Where the report's page has room for what is not part of its content: time, device, host, versions."""
 
+LISTING = ".report-files.json"
+"""Lists what a report wrote to its folder, so that nothing else is ever replaced."""
+
 
 class ExportError(Exception):
     """Something cannot be taken out. The message says what, and what to do."""
@@ -28,18 +32,41 @@ def export_tree(store: Store, digest: str, folder: Path) -> None:
     Raises:
         ExportError: the folder exists and is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} is not empty; name a new folder, so that nothing is overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         store.materialise(digest, partial)
         _make_own(partial)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_report_folder(folder: Path) -> None:
+    """Refuse a folder that a report could not be written to without losing something.
+
+    Raises:
+        ExportError: it is a file, cannot be written, or holds files that are not of an earlier report.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is a file; name a folder for the report with -o")
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise ExportError(f"{parent} cannot be written; name another folder for the report with -o")
+    if folder.is_dir():
+        known = _written(folder)
+        foreign = [p for p in _files(folder) if p not in known]
+        if foreign:
+            raise ExportError(
+                f"{folder} holds {foreign[0]!r}, which is not part of a report; name another folder with -o, "
+                "so that nothing is overwritten"
+            )
 
 
 def export_report(store: Store, graph: Graph, records: dict[str, Record], folder: Path) -> Path:
@@ -48,23 +75,38 @@ def export_report(store: Store, graph: Graph, records: dict[str, Record], folder
     What ran where and how long is written into the page and to `run.json`; it is not part of the report's artifact,
     because it differs from run to run while the results do not.
     """
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    check_report_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         store.materialise(records["report"].output, partial)
         _make_own(partial)
         page = partial / "report.html"
-        page.write_text(page.read_text().replace(MARK, _cost_table(graph, records)))
+        text = page.read_text(encoding="utf-8").replace(MARK, _cost_table(graph, records))
+        page.write_text(text, encoding="utf-8")
         run = {name: _cost(record) for name, record in records.items()}
-        (partial / "run.json").write_text(json.dumps(run, indent=1, sort_keys=True) + "\n")
+        (partial / "run.json").write_text(json.dumps(run, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (partial / LISTING).write_text(json.dumps([*_files(partial), LISTING]), encoding="utf-8")
         if folder.exists():
-            if not (folder / "run.json").exists() and any(folder.iterdir()):
-                raise ExportError(f"{folder} holds something that is not a report; name another folder with -o")
             shutil.rmtree(folder)
         partial.rename(folder)
+    except OSError as error:
+        raise ExportError(f"the report cannot be written to {folder}: {error.strerror}; name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder / "report.html"
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
+
+
+def _written(folder: Path) -> set[str]:
+    """The files that an earlier report left in a folder."""
+    try:
+        return set(json.loads((folder / LISTING).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def _make_own(folder: Path) -> None:

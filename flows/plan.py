@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from artifacts.errors import Damaged
 from artifacts.record import Record
 from artifacts.store import Store
 from flows.graph import Graph, Node
@@ -47,12 +48,16 @@ class Resolution:
     record: Record | None = None
     nearest: Record | None = None
     differences: list[Difference] = field(default_factory=list)
+    damage: str | None = None
+    """Why the record under this key cannot be used; a run withdraws it."""
 
     @property
     def reason(self) -> str:
         """One line for the plan."""
         if self.status == "hit":
             return "recorded"
+        if self.damage is not None:
+            return self.damage
         if self.nearest is None:
             return "never run in this store"
         if not self.differences:
@@ -93,16 +98,33 @@ class Planner:
         for level in self._levels():
             wanted = [self._unresolved(node, found) for node in level]
             keyed = [(r.node.stage.name, r.key) for r in wanted if r.key is not None]
-            records = self.store.lookup_many(keyed) if keyed else {}
+            records = self._lookup(keyed)
             for resolution in wanted:
                 if resolution.key is not None:
-                    resolution.record = records[resolution.node.stage.name, resolution.key]
+                    found_there = records[resolution.node.stage.name, resolution.key]
+                    if isinstance(found_there, Damaged):
+                        resolution.damage = str(found_there)
+                    else:
+                        resolution.record = found_there
                 if resolution.record is not None:
                     resolution.status = "hit"
                 elif explain:
                     self._explain(resolution)
                 found[resolution.node.name] = resolution
         return {node.name: found[node.name] for node in self.graph}
+
+    def _lookup(self, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], Record | Damaged | None]:
+        """The records, in one round of reads; a record that does not decode stands for itself as `Damaged`."""
+        try:
+            return dict(self.store.lookup_many(wanted)) if wanted else {}
+        except Damaged:
+            found: dict[tuple[str, str], Record | Damaged | None] = {}
+            for stage, key in wanted:
+                try:
+                    found[stage, key] = self.store.lookup(stage, key)
+                except Damaged as error:
+                    found[stage, key] = error
+            return found
 
     def _levels(self) -> Iterator[list[Node]]:
         depth: dict[str, int] = {}

@@ -39,6 +39,7 @@ from prefect import flow, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.futures import PrefectFuture, wait  # noqa: E402
 from prefect.logging import get_run_logger  # noqa: E402
+from prefect.server.api.server import SubprocessASGIServer  # noqa: E402
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_settings, temporary_settings  # noqa: E402
 from prefect.states import Completed, State  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
@@ -118,6 +119,7 @@ def walk_graph(run: StudyRun) -> None:
 
     A failed stage leaves what depends on it `NotReady`, and everything else goes on.
     """
+    _end_server_with_this_process(run)
     futures: dict[str, PrefectFuture[Any]] = {}
     watch = run.watch
     log = _TaskLogs(watch)
@@ -142,6 +144,14 @@ def walk_graph(run: StudyRun) -> None:
     finally:
         run.watch = watch
     _raise_stop(futures)
+
+
+def _end_server_with_this_process(run: StudyRun) -> None:
+    """Have the ephemeral server ended if this process is killed; Prefect itself only ends it at a normal exit."""
+    server = SubprocessASGIServer._instances.get(None)
+    process = getattr(server, "server_process", None)
+    if process is not None:
+        run.pool.end_with_this_process(process.pid)
 
 
 def _raise_stop(futures: dict[str, PrefectFuture[Any]]) -> None:
@@ -169,14 +179,12 @@ def _stage_body(call: _OpaqueCall) -> State | dict[str, Any]:
     run, name = call.run, call.node
     logger = get_run_logger()
     call.log.attach(name, logger)
-    outcome = run.cached(name)
-    if outcome is None:
-        try:
-            outcome = run.node(name)
-        except StageFailed as error:
-            if error.details:
-                logger.error(error.details)
-            raise
+    try:
+        outcome = run.node(name)
+    except StageFailed as error:
+        if error.details:
+            logger.error(error.details)
+        raise
     logger.info("output %s, key %s", outcome.output[:12], outcome.key[:12])
     if outcome.executed:
         return asdict(outcome)

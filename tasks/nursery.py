@@ -12,6 +12,9 @@ checkpoint, give their lease back, and end. So a killed run leaves nothing runni
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.machinery
 import json
 import os
 import selectors
@@ -19,6 +22,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tasks.worker import Spec, Stop, execute, install_signals
@@ -40,9 +45,13 @@ PRELOAD = (
 class Nursery:
     """Forks workers and relays their messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: int) -> None:
+        self._out = out
         self._selector = selectors.DefaultSelector()
         self._buffers: dict[int, bytes] = {}
+        self._parent = os.getppid()
+        self._guarded: list[int] = []
+        """Processes that must not outlive the run, should it be killed."""
         self._jobs: dict[int, tuple[str, int]] = {}
         """Read end of a worker's pipe -> (job id, process id)."""
 
@@ -73,15 +82,13 @@ class Nursery:
                 self._emit(self._jobs[descriptor][0], json.loads(line))
 
     def _command(self, command: dict[str, Any]) -> None:
-        if "cancel" in command:
-            for job, process in self._jobs.values():
-                if job == command["cancel"]:
-                    os.kill(process, signal.SIGTERM)
+        if "guard" in command:
+            self._guarded.append(command["guard"])
             return
         receive, send = os.pipe()
         process = os.fork()
         if process == 0:
-            for inherited in (receive, *self._jobs):
+            for inherited in (receive, self._out, *self._jobs):
                 os.close(inherited)
             _become_worker(Spec(**command["spec"]), send)
         os.close(send)
@@ -100,11 +107,15 @@ class Nursery:
 
     def _emit(self, job: str, message: dict[str, Any]) -> None:
         try:
-            os.write(1, json.dumps({"job": job, **message}).encode() + b"\n")
+            os.write(self._out, json.dumps({"job": job, **message}).encode() + b"\n")
         except BrokenPipeError:
             pass
 
     def _stop_all(self) -> None:
+        if os.getppid() != self._parent:
+            for process in self._guarded:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_SECONDS
         for _, process in self._jobs.values():
             os.kill(process, signal.SIGTERM)
@@ -123,7 +134,6 @@ def _become_worker(spec: Spec, descriptor: int) -> None:
         install_signals(stop)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
-        os.dup2(2, 1)
         lock = threading.Lock()
 
         def send(message: dict[str, Any]) -> None:
@@ -148,16 +158,39 @@ def _pin_hardware(spec: Spec) -> None:
         torch.set_num_threads(spec.threads)
 
 
+class _UncachedLoader(importlib.machinery.SourceFileLoader):
+    """Compiles source as it is now. Cached byte code is trusted by size and second: too coarse for what a key promises."""
+
+    def path_stats(self, path: str) -> Mapping[str, Any]:
+        raise OSError(f"{path}: byte code of the project is not cached in workers")
+
+
+def _compile_project_afresh() -> None:
+    """Make later imports from the project's folder ignore cached byte code."""
+    root = str(Path(__file__).resolve().parent.parent)
+    packages = tuple(os.path.join(root, name) for name in ("artifacts", "tasks", "tests"))
+    hook = importlib.machinery.FileFinder.path_hook((_UncachedLoader, importlib.machinery.SOURCE_SUFFIXES))
+
+    def project_only(path: str) -> Any:
+        if path != root and not path.startswith(packages):
+            raise ImportError(path)
+        return hook(path)
+
+    sys.path_hooks.insert(0, project_only)
+    sys.path_importer_cache.clear()
+
+
 def main() -> None:
     """Import what workers will need, say so, and serve."""
+    # Messages get a descriptor of their own: whatever a library prints goes to standard error.
+    out = os.dup(1)
+    os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "--preload" in sys.argv:
-        import importlib
-
         for name in PRELOAD:
             importlib.import_module(name)
-    os.write(1, json.dumps({"job": "", "event": "ready"}).encode() + b"\n")
-    Nursery().serve()
+    _compile_project_afresh()
+    Nursery(out).serve()
 
 
 if __name__ == "__main__":

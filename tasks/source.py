@@ -55,7 +55,7 @@ class Module:
     imports: dict[str, list[Origin]] = field(default_factory=dict)
     loads: list[str] = field(default_factory=list)
     effects: list[ast.stmt] = field(default_factory=list)
-    """Top-level statements that may change something besides the names they bind."""
+    """Empty when each statement only binds names of its own, so that order is free; otherwise the whole top level."""
 
     @property
     def is_package(self) -> bool:
@@ -87,7 +87,12 @@ def parse_module(text: str, name: str, file: str, package: str) -> Module:
         for imported in _module_imports(statement, module):
             module.imports.setdefault(imported.alias, []).append(imported.origin)
             module.loads.append(imported.loads)
-    module.effects = [statement for statement in statements if _has_effect(statement, module)]
+    rebound = any(
+        len(module.bindings.get(name, [])) + len(set(module.imports.get(name, []))) > 1
+        for name in module.bindings.keys() | module.imports.keys()
+    )
+    if rebound or any(_has_effect(statement, module) for statement in statements):
+        module.effects = [statement for statement in statements if not _is_idle(statement)]
     return module
 
 
@@ -260,6 +265,9 @@ def uses(statement: ast.stmt, module: Module) -> Uses:
 
     visit(statement, False, False)
     found.chains.pop("", None)
+    for imported in found.imports:
+        for chain in found.chains.get(imported.alias, ()):
+            _refuse_untraceable((imported.alias, *chain), statement.lineno, module, [imported.origin])
     return found
 
 

@@ -259,6 +259,12 @@ REACHING = {
         "x + 1",
         "x + 9",
     ),
+    "order of effects": (
+        body("X = 1\nT = {}\nT.update(a=X)\nX = 2", "T"),
+        "body",
+        "T = {}\nT.update(a=X)\nX = 2",
+        "X = 2\nT = {}\nT.update(a=X)",
+    ),
     "walrus": (body("(X := 3)", "X"), "body", "3", "9"),
     "for": (body("for X in (3,):\n    pass", "X"), "body", "3", "9"),
     "with": (body("import contextlib\nwith contextlib.nullcontext(3) as X:\n    pass", "X"), "body", "3", "9"),

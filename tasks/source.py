@@ -249,11 +249,7 @@ def uses(statement: ast.stmt, module: Module) -> Uses:
                 _refuse_untraceable((imported.alias,), part.lineno, module, [imported.origin])
                 found.imports.append(imported)
         if isinstance(part, (*FUNCTIONS, ast.ClassDef)):
-            _refuse_untraceable((part.name,), part.lineno, module)
-            if any(is_stage_decorator(d) for d in part.decorator_list) and not _is_stage_from_tasks(module):
-                raise SourceError(
-                    f"{module.file}:{part.lineno}: `@stage(...)` is not the one of tasks.stage; give it another name."
-                )
+            _refuse_definition(part, module)
         if isinstance(part, ast.Global):
             for bound in part.names:
                 name((bound,), part.lineno)
@@ -269,6 +265,14 @@ def uses(statement: ast.stmt, module: Module) -> Uses:
         for chain in found.chains.get(imported.alias, ()):
             _refuse_untraceable((imported.alias, *chain), statement.lineno, module, [imported.origin])
     return found
+
+
+def _refuse_definition(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, module: Module) -> None:
+    _refuse_untraceable((node.name,), node.lineno, module)
+    if any(is_stage_decorator(d) for d in node.decorator_list) and not _is_stage_from_tasks(module):
+        raise SourceError(
+            f"{module.file}:{node.lineno}: `@stage(...)` is not the one of tasks.stage; give it another name."
+        )
 
 
 def _is_plain_chain(node: ast.AST) -> bool:

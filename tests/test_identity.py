@@ -307,6 +307,10 @@ REFUSED = {
     "subclasses": (body("class A:\n    pass", "A.__subclasses__()"), "body.py:5: `__subclasses__`"),
     "package as a value": (body("import study.h", "getattr(study, 'h')", h=TWO), "body.py:3: package 'study'"),
     "another stage": (body("def stage(n):\n    return len\n@stage(1)\ndef f():\n    pass", "f"), "body.py:4: `@stage"),
+    "sys.modules by a local import": (
+        body("def f():\n    import sys\n    return sys.modules", "f()"),
+        "body.py:1: `sys.modules`",
+    ),
     "missing module": (body("import study.nothing", "study.nothing.f()"), "body.py:3: package 'study'"),
 }
 

@@ -10,12 +10,16 @@ Every backend gives the same guarantees, which the rest of the store is built on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from artifacts.errors import NotFound, StoreError
+
+EXPECTED = "a folder, file:///folder, s3://bucket/prefix or memory://name"
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +84,38 @@ def get_each(backend: Backend, keys: Iterable[str]) -> dict[str, Object | None]:
 def open_backend(url: str) -> Backend:
     """The backend for a store URL: a local folder (a path or `file://`), `s3://bucket/prefix`, or `memory://name`.
 
+    A URL holds no credentials, and one that seems to is refused without being repeated.
+
     Raises:
-        StoreError: the URL's scheme is not one of these.
+        StoreError: the URL is not one of these.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
+        if not url or re.match(r"(file|s3|memory):", url):
+            raise StoreError(f"the store is named by {url!r}; expected {EXPECTED}")
         from artifacts.local import LocalBackend
 
         return LocalBackend(Path(url))
+    if "@" in scheme or "@" in (rest.partition("/")[0] if scheme == "file" else rest):
+        raise StoreError(
+            "the store's URL contains '@', as if it held a user or a password (it is not repeated here); "
+            f"credentials belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE. Expected {EXPECTED}"
+        )
     if scheme == "file":
+        if not rest.startswith("/"):
+            raise StoreError(f"store {url!r}: file:// names a folder on this machine; expected file:///folder")
         from artifacts.local import LocalBackend
 
         return LocalBackend(Path(rest))
     if scheme == "s3":
+        if "?" in rest or "#" in rest:
+            raise StoreError("the store's s3:// URL has a query or a fragment; expected s3://bucket/prefix")
+        bucket = rest.partition("/")[0]
+        if not BUCKET.fullmatch(bucket):
+            raise StoreError(
+                f"store {url!r}: {bucket!r} is not a bucket's name (3 to 63 lower-case letters, digits, '.' and '-'); "
+                "expected s3://bucket/prefix"
+            )
         from artifacts.s3 import S3Backend
 
         return S3Backend(rest)
@@ -100,6 +123,5 @@ def open_backend(url: str) -> Backend:
         from artifacts.memory import MemoryBackend
 
         return MemoryBackend.named(rest)
-    raise StoreError(
-        f"store {url!r}: unknown scheme {scheme!r}; expected a folder, file:///folder, s3://bucket/prefix or memory://name"
-    )
+    named = repr(scheme) if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) else "before ://"
+    raise StoreError(f"the store's URL has the unknown scheme {named}; expected {EXPECTED}")

@@ -1,7 +1,8 @@
 """Mid-stage checkpoints in the store: data first, then its manifest, then the LATEST pointer by compare-and-swap.
 
 LATEST names the newest checkpoint and the one before, so that a damaged newest one costs one interval and not the
-stage. It carries the fence of the lease under which it was written: a worker that lost its lease cannot move it.
+stage. It carries the fence of the newest lease: a worker that lost its lease cannot move it, and one whose stage was
+committed meanwhile, so that nothing is left here, is told so by its lease before it writes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +29,32 @@ class StoredCheckpoints:
     fence: int
     seconds: float = 0.0
     """Wall time the body has run so far, earlier attempts included; stored with each checkpoint."""
+    confirm: Callable[[], None] = lambda: None
+    """Raises `LeaseLost` when the lease under which this worker writes is no longer its own."""
+
+    def claim(self) -> None:
+        """Shut out every worker with an older fence, before this one has saved anything. Call it with the lease in hand.
+
+        Raises:
+            LeaseLost: a worker with a later fence has claimed them already.
+        """
+        if self.fence > 1:
+            self._advance(None)
+
+    def stored_fence(self) -> int:
+        """The fence in LATEST; 0 when nothing is stored."""
+        return self._pointers()[2]
 
     def save(self, step: int, directory: Path) -> None:
         """Store a copy of `directory` as the state after `step` steps and make it the newest.
 
         Raises:
-            LeaseLost: a worker with a later fence has written already.
+            LeaseLost: a worker with a later fence has written already, or the lease was lost; nothing of it is left.
+            StoreError: `directory` is missing or holds no file, so there is no state to come back to.
         """
+        if not any(path.is_file() for path in directory.rglob("*")):
+            raise StoreError(f"checkpoint at step {step}: {directory} is missing or holds no file")
+        self.confirm()
         name = f"{step:09d}-{uuid.uuid4().hex[:12]}"
         rows = []
         for path in sorted(p for p in directory.rglob("*") if p.is_file()):
@@ -42,7 +63,12 @@ class StoredCheckpoints:
             rows.append([relative, path.stat().st_size, digest_file(path)])
         manifest = canonical_json({"step": step, "seconds": self.seconds, "files": rows})
         self.backend.put(f"{self._root}/{name}/manifest.json", manifest, if_absent=True)
-        dropped = self._advance({"name": name, "step": step, "digest": digest_bytes(manifest)})
+        try:
+            self.confirm()
+            dropped = self._advance({"name": name, "step": step, "digest": digest_bytes(manifest)})
+        except LeaseLost:
+            self._delete(name)
+            raise
         for old in dropped:
             self._delete(old)
 
@@ -79,14 +105,15 @@ class StoredCheckpoints:
         except (ValueError, TypeError, KeyError, StoreError):
             return stored.etag, [], 0
 
-    def _advance(self, newest: dict[str, object]) -> list[str]:
+    def _advance(self, newest: dict[str, object] | None) -> list[str]:
+        """Put `newest` before the checkpoints in LATEST, under this fence; the names of those that fell out."""
         while True:
             etag, pointers, fence = self._pointers()
-            if newest["name"] in [p["name"] for p in pointers]:
+            if newest is not None and newest["name"] in [p["name"] for p in pointers]:
                 return []
             if fence > self.fence:
                 raise LeaseLost(f"a later worker (fence {fence}) writes the checkpoints of {self.key[:12]} now")
-            kept = [newest, *pointers[:1]]
+            kept = pointers if newest is None else [newest, *pointers[:1]]
             body = canonical_json({"fence": self.fence, "checkpoints": kept})
             try:
                 if etag is None:
@@ -95,7 +122,7 @@ class StoredCheckpoints:
                     self.backend.put(f"{self._root}/LATEST", body, if_match=etag)
             except (Conflict, NotFound):
                 continue
-            return [str(p["name"]) for p in pointers[1:]]
+            return [str(p["name"]) for p in pointers if p not in kept]
 
     def _load(self, pointer: dict[str, object], into: Path) -> int:
         base = f"{self._root}/{pointer['name']}"

@@ -22,10 +22,12 @@ class StoreUnavailable(StoreError):
 class Damaged(StoreError):
     """Stored bytes are missing or are not what their name or record says they are."""
 
-    def __init__(self, message: str, *, tree: str | None = None) -> None:
+    def __init__(self, message: str, *, tree: str | None = None, record: tuple[str, str] | None = None) -> None:
         super().__init__(message)
         self.tree = tree
         """Digest of the tree that cannot be read, when known."""
+        self.record = record
+        """(stage, key) of the action record that cannot be read, when it is one: see `Store.withdraw_damaged`."""
 
 
 class LeaseLost(StoreError):

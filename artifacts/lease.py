@@ -24,7 +24,7 @@ from pathlib import Path
 
 from artifacts.backend import Backend
 from artifacts.digest import canonical_json
-from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound
+from artifacts.errors import Conflict, LeaseLost, NotFound
 
 TIME_TO_LIVE = 30.0
 """Seconds without a heartbeat after which a lease may be taken over."""
@@ -40,20 +40,38 @@ def process_identity(pid: int) -> dict[str, object]:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
-        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return {}
-    if status[0] in "ZX":
+    status = _status(pid)
+    if status is None or status[0] in "ZX":
         return {}
     return {"machine": f"{boot} {namespace}", "pid": pid, "started": int(status[19])}
 
 
 def is_gone(holder: dict[str, object]) -> bool:
-    """True only when `holder` ran on this very machine and its process no longer exists."""
-    mine = this_process()
-    if not mine or holder.get("machine") != mine["machine"] or not isinstance(holder.get("pid"), int):
+    """True only when `holder` ran on this very machine and its process certainly no longer exists.
+
+    A process whose `/proc` entry may not be read (another user's, under `hidepid`) exists.
+    """
+    mine, pid = this_process(), holder.get("pid")
+    if not mine or holder.get("machine") != mine["machine"] or not isinstance(pid, int) or pid <= 0:
         return False
-    return process_identity(int(str(holder["pid"]))) != holder
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    status = _status(pid)
+    return status is not None and (status[0] in "ZX" or int(status[19]) != holder.get("started"))
+
+
+def _status(pid: int) -> list[str] | None:
+    """The fields of `/proc/PID/stat` from the state on; None if it cannot be read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
 
 
 @dataclass(slots=True)
@@ -66,18 +84,22 @@ class Lease:
     clock: Callable[[], float] = time.monotonic
     holder: dict[str, object] = field(default_factory=this_process)
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
+    last_fence: Callable[[], int] = lambda: 0
+    """The highest fence seen elsewhere; asked where the lease itself cannot tell, being absent or damaged."""
     fence: int = 0
     _etag: str | None = None
     _deadline: float = 0.0
     _seen: tuple[str, float] | None = None
 
     def try_acquire(self) -> bool:
-        """Take the lease if it is free, stale, or its holder is known to be gone; say whether it is now held."""
+        """Take the lease if it is free, stale, damaged, or its holder is known to be gone; say whether it is now held."""
         try:
             stored = self.backend.get(self._path)
         except NotFound:
-            return self._write(1, "held", None)
-        body = _parse(stored.data, self._path)
+            return self._write(self.last_fence() + 1, "held", None)
+        body = _parse(stored.data)
+        if body is None:
+            return self._write(self.last_fence() + 1, "held", stored.etag)
         if body["state"] == "held" and not is_gone(dict(body["holder"])):
             now = self.clock()
             if self._seen is None or self._seen[0] != stored.etag:
@@ -90,11 +112,33 @@ class Lease:
         """Prove that the holder is alive.
 
         Raises:
-            LeaseLost: somebody else holds the lease now.
+            LeaseLost: somebody else holds the lease now, or it is gone from the store.
         """
         if self._etag is None or not self._write(self.fence, "held", self._etag):
             self._etag = None
+            self.confirm()
+            raise LeaseLost(f"the lease on {self.key[:12]} was changed by something else")
+
+    def confirm(self) -> None:
+        """Ask the store whether this lease is still the one that stands. Only reads, so any thread may call it.
+
+        Raises:
+            LeaseLost: it is not; the message says what is there instead.
+        """
+        try:
+            body = _parse(self.backend.get(self._path).data)
+        except NotFound:
+            raise LeaseLost(
+                f"the lease on {self.key[:12]} is gone from the store {self.backend.url}; was the store removed?"
+            ) from None
+        if body is None:
+            raise LeaseLost(f"the lease on {self.key[:12]} in the store {self.backend.url} was overwritten")
+        if body["owner"] != self.owner or body["fence"] != self.fence:
             raise LeaseLost(f"the lease on {self.key[:12]} was taken over by another worker")
+
+    def exists(self) -> bool:
+        """True when the store has a lease object for the key, whoever holds it."""
+        return self.backend.size(self._path) is not None
 
     def release(self) -> None:
         """Mark the lease free. A lease that was lost is left to its new holder."""
@@ -135,7 +179,8 @@ class Lease:
                 stored = self.backend.get(self._path)
             except NotFound:
                 return False
-            if _parse(stored.data, self._path)["beat"] != nonce:
+            body_now = _parse(stored.data)
+            if body_now is None or body_now["beat"] != nonce:
                 return False
             self._etag = stored.etag
         self.fence = fence
@@ -189,17 +234,19 @@ def wait_for(attempt: Callable[[], bool], stop: Callable[[], str | None], longes
     return True
 
 
-def _parse(data: bytes, where: str) -> dict[str, object]:
+def _parse(data: bytes) -> dict[str, object] | None:
+    """The fields of a lease; None when the bytes are not one, which protects nobody and may be replaced."""
     try:
         body = json.loads(data)
         if body["state"] not in ("held", "free") or not isinstance(body["holder"], dict):
             raise ValueError("unknown state or holder")
         return {
             "state": body["state"],
+            "owner": str(body["owner"]),
             "fence": int(body["fence"]),
             "beat": str(body["beat"]),
             "holder": body["holder"],
             "time_to_live": min(max(float(body["time_to_live"]), 0.0), 3600.0),
         }
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise Damaged(f"{where} is not a lease: {error}; delete it if no worker is running") from error
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None

@@ -2,7 +2,8 @@
 
 An object is written to a temporary file on the same file system, synced, and only then given its name, so that a kill at
 any moment leaves the old object or the new one. Create-only is `link(2)`, which the kernel refuses when the name exists;
-compare-and-swap reads, compares and renames under an `flock(2)`, which the kernel releases when its holder dies.
+compare-and-swap reads, compares and renames under an `flock(2)`, which the kernel releases when its holder dies; a holder
+that is merely stopped costs the others an error after `LOCK_SECONDS`, never an endless wait.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,10 @@ from artifacts.digest import digest_bytes
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
 
 TEMPORARY = ".tmp"
+LOCK_SECONDS = 20.0
+"""Longest wait for another process's compare-and-swap, which takes milliseconds when that process runs."""
+LEFTOVER_SECONDS = 86400.0
+"""Age at which a temporary file is taken for one that a killed process left behind."""
 
 
 class LocalBackend:
@@ -29,6 +35,7 @@ class LocalBackend:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().resolve()
         self.url = str(self.root)
+        self._swept = False
 
     def get(self, key: str) -> Object:
         with self._errors(key, "read"):
@@ -108,14 +115,33 @@ class LocalBackend:
     def _temporary(self) -> Path:
         folder = self.root / TEMPORARY
         folder.mkdir(parents=True, exist_ok=True)
+        if not self._swept:
+            self._swept = True
+            self._sweep(folder)
         return folder / uuid.uuid4().hex
+
+    def _sweep(self, folder: Path) -> None:
+        """Remove what killed processes left. The lock files stay: a lock on a removed file excludes nobody."""
+        oldest = time.time() - LEFTOVER_SECONDS
+        for path in folder.iterdir():
+            try:
+                if path.suffix != ".lock" and path.stat().st_mtime < oldest:
+                    path.unlink()
+            except OSError:
+                continue
 
     def _publish(self, temporary: Path, target: Path, *, replace: bool) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if replace:
             os.replace(temporary, target)
         else:
-            os.link(temporary, target)
+            try:
+                os.link(temporary, target)
+            except FileExistsError as error:
+                raise Conflict(f"{target.relative_to(self.root)} already exists in {self.url}") from error
+        self._sync_folder(target)
+
+    def _sync_folder(self, target: Path) -> None:
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -126,22 +152,37 @@ class LocalBackend:
         target = self._path(key)
         guard = self.root / TEMPORARY / f"swap-{digest_bytes(key.encode())[:2]}.lock"
         with open(guard, "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._lock(lock.fileno(), key)
             try:
                 current = digest_bytes(target.read_bytes())
             except FileNotFoundError:
                 current = None
             if current != if_match:
                 raise Conflict(f"{key} in {self.url} changed since it was read")
-            self._publish(temporary, target, replace=True)
+            os.replace(temporary, target)
+        self._sync_folder(target)
+
+    def _lock(self, descriptor: int, key: str) -> None:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise StoreUnavailable(
+                        f"cannot write {key} in the store {self.url}: another process has held the lock of this write "
+                        f"for {LOCK_SECONDS:.0f} s; look for a stopped process that uses this store"
+                    ) from error
+            time.sleep(0.01)
 
     @contextmanager
     def _errors(self, key: str, verb: str) -> Iterator[None]:
         try:
             yield
-        except FileExistsError as error:
-            raise Conflict(f"{key} already exists in {self.url}") from error
         except FileNotFoundError as error:
+            if verb == "write":
+                raise StoreUnavailable(self._explain(key, verb, error)) from error
             raise NotFound(f"{key} in {self.url}") from error
         except OSError as error:
             raise StoreUnavailable(self._explain(key, verb, error)) from error

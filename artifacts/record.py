@@ -55,8 +55,9 @@ class Record:
             Damaged: the bytes are not a record, or are the record of something else.
         """
         where = f"action record v1/act/{stage}/{key}.json"
+        this = (stage, key)
         if len(data) > MAX_RECORD_BYTES:
-            raise Damaged(f"{where}: {len(data)} bytes, expected at most {MAX_RECORD_BYTES}")
+            raise Damaged(f"{where}: {len(data)} bytes, expected at most {MAX_RECORD_BYTES}", record=this)
         try:
             fields = json.loads(data)
             if fields.pop("schema") != 1:
@@ -64,11 +65,12 @@ class Record:
             record = Record(**fields)
             own_key = payload_key(record.payload)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise Damaged(f"{where}: not a record ({type(error).__name__}: {error})") from error
+            raise Damaged(f"{where}: not a record ({type(error).__name__}: {error})", record=this) from error
         if record.key != key or own_key != key or record.stage != stage or record.payload.get("stage") != stage:
-            raise Damaged(f"{where}: holds the record of {record.stage}/{own_key[:12]}, expected {stage}/{key[:12]}")
+            found = f"{record.stage}/{own_key[:12]}"
+            raise Damaged(f"{where}: holds the record of {found}, expected {stage}/{key[:12]}", record=this)
         if not is_digest(record.output) or not isinstance(record.size, int):
-            raise Damaged(f"{where}: output {record.output!r} is not a digest")
+            raise Damaged(f"{where}: output {record.output!r} is not a digest", record=this)
         return record
 
 

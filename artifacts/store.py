@@ -22,6 +22,8 @@ from artifacts.record import Record
 
 MAX_TREE_BYTES = 64 << 20
 TRANSFERS_AT_ONCE = 4
+RUN_FIELDS: dict[str, type] = {"experiment": str, "complete": bool, "nodes": dict, "config": dict}
+"""What every run object holds besides its schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,31 @@ class Store:
         self.backend.put(f"v1/trash/{record.stage}-{record.key}-{uuid.uuid4().hex}.json", canonical_json(note))
         self.backend.delete(_record_key(record.stage, record.key))
 
+    def withdraw_damaged(self, stage: str, key: str, reason: str) -> bool:
+        """Withdraw a record object that is not a record, keeping its bytes under `v1/trash/`; the stage is then a miss.
+
+        False, and nothing is changed, when it is a record after all or was withdrawn by somebody else.
+        """
+        name = _record_key(stage, key)
+        try:
+            stored = self.backend.get(name)
+            Record.decode(stored.data, stage, key)
+            return False
+        except NotFound:
+            return False
+        except Damaged:
+            pass
+        trash = f"v1/trash/{stage}-{key}-{uuid.uuid4().hex}"
+        self.backend.put(f"{trash}.bytes", stored.data)
+        self.backend.put(f"{trash}.json", canonical_json({"reason": reason, "bytes": f"{trash}.bytes"}))
+        try:
+            # Only one of several withdrawers goes on to the delete, so that none removes what another has remade.
+            self.backend.put(name, b"withdrawn " + trash.encode(), if_match=stored.etag)
+        except (Conflict, NotFound):
+            return False
+        self.backend.delete(name)
+        return True
+
     def _drop_damaged(self, digest: str) -> None:
         try:
             tree = self.tree(digest)
@@ -243,11 +270,35 @@ class Store:
         self.backend.put(f"v1/run/{name}.json", data)
         return name
 
-    def runs(self) -> Iterator[tuple[str, float, dict[str, object]]]:
-        """(id, time of the last change, content) of every remembered run, newest first."""
+    def runs(self, skipped: list[str] | None = None) -> Iterator[tuple[str, float, dict[str, object]]]:
+        """(id, time of the last change, content) of every remembered run, newest first.
+
+        A run object that does not parse, or lacks a field of `RUN_FIELDS`, is left out, and its id added to `skipped`.
+        """
         for entry in sorted(self.backend.list("v1/run/"), key=lambda entry: -entry.modified):
-            content = json.loads(self.backend.get(entry.key).data)
-            yield entry.key.rpartition("/")[2].removesuffix(".json"), entry.modified, content
+            name = entry.key.rpartition("/")[2].removesuffix(".json")
+            try:
+                content = _parse_run(self.backend.get(entry.key).data)
+            except NotFound:
+                continue
+            except ValueError:
+                if skipped is not None:
+                    skipped.append(name)
+                continue
+            yield name, entry.modified, content
+
+
+def _parse_run(data: bytes) -> dict[str, object]:
+    try:
+        content = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict) or content.get("schema") != 1:
+        raise ValueError("not a run")
+    for name, kind in RUN_FIELDS.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"{name} is missing or not a {kind.__name__}")
+    return content
 
 
 def new_record(**fields: object) -> Record:

@@ -3,8 +3,9 @@
 The order is the contract: take the lease (or adopt what another worker commits meanwhile), materialise the inputs
 verified, run the body from its newest mid-stage checkpoint, store the output tree, publish the record, release. A body
 that was asked to stop, or whose lease was lost, ends at its next checkpoint; a lost lease that it ignores for one beat
-ends the process. If publishing fails, the finished output stays in the scratch folder, and the retry publishes it
-without running the body again.
+ends the process. Who lost a lease to another worker waits for that worker's record and adopts it. Code that changed while
+the body ran is never published. If publishing fails, the finished output stays in the scratch folder (see
+`artifacts.scratch`), and the retry publishes it without running the body again.
 
     python -m tasks.worker SPEC.json          runs one stage by hand (debugging, torchrun, other engines)
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from artifacts import scratch
 from artifacts.checkpoints import StoredCheckpoints
-from artifacts.digest import canonical_json
 from artifacts.errors import Damaged, LeaseLost, StoreError, StoreUnavailable
 from artifacts.lease import TIME_TO_LIVE, Heartbeat, Lease, wait_for
 from artifacts.record import Record, payload_key
@@ -38,8 +38,8 @@ from tasks.stage import Stage, StageContext, StageError, StageStopped
 COMMIT_ATTEMPTS = 5
 """Times that a commit is tried, with doubling pauses from one second, while the store does not answer."""
 
-FINISHED = "finished.json"
-"""Marks an attempt whose body ended well, with the size of every file it left."""
+LEASES = 3
+"""Times that a worker takes the lease, each after having lost it to another worker."""
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -94,13 +94,42 @@ class _Attempt:
     stage: Stage
     send: Send
     stop: Stop
-    lost: threading.Event = field(default_factory=threading.Event)
+    lost: Stop = field(default_factory=Stop)
+    """Why the lease was lost, as long as it is."""
+    exit: threading.Timer | None = None
 
     def run(self) -> dict[str, Any]:
         """Lease, body, commit. Returns the `done` message."""
         if (standing := self._lookup()) is not None:
             return self._adopted(standing)
-        lease = Lease(self.store.backend, self.spec.key, self.spec.time_to_live)
+        scratch.sweep(self.scratch)
+        for left in reversed(range(LEASES)):
+            lease = self._new_lease()
+            try:
+                return self._run_leased(lease)
+            except (LeaseLost, StageStopped) as error:
+                if isinstance(error, LeaseLost):
+                    self.lost.request(str(error))
+                if self.lost() is None or self.stop() is not None or not left:
+                    raise
+            finally:
+                self._end_grace()
+            if not lease.exists():
+                raise LeaseLost(self.lost())
+            self.send({"event": "log", "message": f"{self.lost()}; waiting for the stage's result"})
+            self.lost = Stop()
+        raise AssertionError("unreachable")
+
+    @property
+    def scratch(self) -> Path:
+        """The folder of all attempts on this machine."""
+        return Path(self.spec.scratch)
+
+    def _new_lease(self) -> Lease:
+        backend, key = self.store.backend, self.spec.key
+        return Lease(backend, key, self.spec.time_to_live, last_fence=StoredCheckpoints(backend, key, 0).stored_fence)
+
+    def _run_leased(self, lease: Lease) -> dict[str, Any]:
         adopted: list[Record] = []
 
         def take_or_adopt() -> bool:
@@ -123,33 +152,33 @@ class _Attempt:
             return self._execute(lease)
         finally:
             heartbeat.stop()
-            lease.release()
+            try:
+                lease.release()
+            except StoreUnavailable as error:
+                self.send({"event": "log", "message": f"the lease was not released, and runs out by itself: {error}"})
 
     def _execute(self, lease: Lease) -> dict[str, Any]:
         self._require_planned_code()
         key = self.spec.key
-        home = Path(self.spec.scratch) / key
-        checkpoints = StoredCheckpoints(self.store.backend, key, lease.fence)
-        attempt = _finished_attempt(home)
+        checkpoints = StoredCheckpoints(self.store.backend, key, lease.fence, confirm=self._confirming(lease))
+        checkpoints.claim()
+        attempt = scratch.finished_attempt(self.scratch, key)
         if attempt is None:
-            attempt = home / f"{lease.fence}-{lease.owner[:8]}"
-            (attempt / "out").mkdir(parents=True)
+            attempt = scratch.new_attempt(self.scratch, key, f"{lease.fence}-{lease.owner[:8]}")
             self._run_body(attempt, checkpoints)
-            finished = {"seconds": checkpoints.seconds, "files": _listing(attempt / "out")}
-            (attempt / FINISHED).write_bytes(canonical_json(finished))
+            attempt.finish(checkpoints.seconds)
         else:
             self.send({"event": "log", "message": "an earlier attempt finished the body; storing its output"})
-        seconds = float(json.loads((attempt / FINISHED).read_bytes())["seconds"])
-        record = self._publish(attempt / "out", seconds, lease)
+        record = self._publish(attempt.out, attempt.seconds, lease)
         try:
             checkpoints.discard()
         except StoreUnavailable as error:
             self.send({"event": "log", "message": f"checkpoints of the finished stage were left behind: {error}"})
-        shutil.rmtree(home, ignore_errors=True)
+        scratch.clear(self.scratch, key)
         return _done(record, executed=True)
 
-    def _run_body(self, attempt: Path, checkpoints: StoredCheckpoints) -> None:
-        with tempfile.TemporaryDirectory(prefix="work-", dir=attempt) as work:
+    def _run_body(self, attempt: scratch.Attempt, checkpoints: StoredCheckpoints) -> None:
+        with tempfile.TemporaryDirectory(prefix="work-", dir=attempt.folder) as work:
             inputs: dict[str, Path] = {}
             for name, digest in self.spec.inputs.items():
                 inputs[name] = Path(work, "inputs", digest)
@@ -157,20 +186,36 @@ class _Attempt:
                     self.store.materialise(digest, inputs[name])
             timed = _TimedCheckpoints(checkpoints)
             context = StageContext(
-                out=attempt / "out",
+                out=attempt.out,
                 work=Path(work),
                 checkpoints=timed,
                 on_progress=self._on_progress,
                 on_log=lambda message: self.send({"event": "log", "message": message}),
-                stop_requested=self.stop,
+                stop_requested=lambda: self.stop() or self.lost(),
                 device=self.spec.device,
                 checkpoint_seconds=self.spec.checkpoint_seconds,
             )
             config = self.stage.config.model_validate(self.spec.config)
             self.stage.body(context, config, **inputs)
             timed.count()
-        if self.lost.is_set():
-            raise LeaseLost(self.stop() or "the lease was lost")
+        if (reason := self.lost()) is not None:
+            raise LeaseLost(reason)
+        try:
+            self._require_planned_code()
+        except StageError:
+            # The body may have imported the edited source late, so that its checkpoints are not of the planned code.
+            checkpoints.discard()
+            raise
+
+    def _confirming(self, lease: Lease) -> Callable[[], None]:
+        def confirm() -> None:
+            try:
+                lease.confirm()
+            except LeaseLost as error:
+                self.lost.request(str(error))
+                raise
+
+        return confirm
 
     def _require_planned_code(self) -> None:
         """Refuse to run code that is not the code in the key: the source may have been edited since the run was planned."""
@@ -220,17 +265,22 @@ class _Attempt:
         return self.store.lookup(self.stage.name, self.spec.key)
 
     def _adopted(self, record: Record) -> dict[str, Any]:
+        scratch.clear(self.scratch, self.spec.key)
         return _done(record, executed=False)
 
     def _on_progress(self, done: int, total: int, metrics: dict[str, float]) -> None:
         self.send({"event": "progress", "done": done, "total": total, "metrics": metrics})
 
     def _on_lost(self, reason: str) -> None:
-        self.lost.set()
-        self.stop.request(reason)
-        timer = threading.Timer(self.spec.time_to_live / 3, os._exit, args=(76,))
-        timer.daemon = True
-        timer.start()
+        self.lost.request(reason)
+        self.exit = threading.Timer(self.spec.time_to_live / 3, os._exit, args=(76,))
+        self.exit.daemon = True
+        self.exit.start()
+
+    def _end_grace(self) -> None:
+        if self.exit is not None:
+            self.exit.cancel()
+            self.exit = None
 
 
 class _TimedCheckpoints:
@@ -268,7 +318,8 @@ def execute(spec: Spec, send: Send, stop: Stop) -> int:
         send({"event": "stopped", "message": str(error)})
         return 75
     except Damaged as error:
-        send({"event": "damaged", "message": str(error), "tree": error.tree})
+        record = None if error.record is None else list(error.record)
+        send({"event": "damaged", "message": str(error), "tree": error.tree, "record": record})
     except (StageError, StoreError) as error:
         send({"event": "failed", "message": str(error), "kind": type(error).__name__})
     except Exception as error:  # noqa: BLE001 - whatever a body raises is reported with its traceback, and fails the stage
@@ -317,21 +368,6 @@ def _done(record: Record, *, executed: bool) -> dict[str, Any]:
         "size": record.size,
         "seconds": record.seconds,
     }
-
-
-def _listing(out: Path) -> list[list[Any]]:
-    return [[p.relative_to(out).as_posix(), p.stat().st_size] for p in sorted(out.rglob("*")) if p.is_file()]
-
-
-def _finished_attempt(home: Path) -> Path | None:
-    """An attempt on this machine that finished the body and only failed to publish, with its files as it left them."""
-    for attempt in sorted(home.iterdir()) if home.is_dir() else []:
-        try:
-            if json.loads((attempt / FINISHED).read_bytes())["files"] == _listing(attempt / "out"):
-                return attempt
-        except (OSError, ValueError, KeyError):
-            continue
-    return None
 
 
 def install_signals(stop: Stop) -> None:

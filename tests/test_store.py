@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from artifacts.backend import open_backend
-from artifacts.checkpoints import StoredCheckpoints
 from artifacts.digest import canonical_json, digest_bytes, digest_file
-from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError, StoreUnavailable
-from artifacts.lease import Lease, is_gone, this_process
+from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable
 from artifacts.record import payload_key
 from artifacts.store import Store, check_path, new_record
 
@@ -186,71 +184,6 @@ def test_links_are_not_stored(tmp_path: Path) -> None:
         Store.open("memory://links").put_tree(made)
 
 
-def test_lease_excludes_and_expires(store: Store) -> None:
-    """A held lease excludes others until its time to live passes on the waiter's own clock; then its holder has lost it."""
-    now = [0.0]
-    elsewhere = {"machine": "another", "pid": 1, "started": 1}
-    holder = Lease(store.backend, "k" * 64, 10.0, clock=lambda: now[0], holder=elsewhere)
-    waiter = Lease(store.backend, "k" * 64, 10.0, clock=lambda: now[0])
-    assert holder.try_acquire() and holder.fence == 1
-    assert not waiter.try_acquire()
-    now[0] = 9.0
-    holder.renew()
-    now[0] = 12.0
-    assert not waiter.try_acquire()
-    now[0] = 23.0
-    assert waiter.try_acquire() and waiter.fence == 2
-    with pytest.raises(LeaseLost):
-        holder.renew()
-    holder.release()
-    assert waiter.held
-    waiter.release()
-    assert holder.try_acquire() and holder.fence == 3
-
-
-def test_lease_of_a_dead_process_is_free() -> None:
-    """On one machine the lease of a process that is gone is taken at once, and that of a living one is not."""
-    import subprocess
-
-    store = Store.open("memory://dead")
-    child = subprocess.Popen(["sleep", "60"])
-    from artifacts.lease import process_identity
-
-    holder = process_identity(child.pid)
-    lease = Lease(store.backend, "k" * 64, 60.0, holder=holder)
-    assert lease.try_acquire()
-    other = Lease(store.backend, "k" * 64, 60.0)
-    assert not other.try_acquire() and not is_gone(holder) and not is_gone(this_process())
-    child.kill()
-    child.wait()
-    assert is_gone(holder) and other.try_acquire()
-
-
-def test_checkpoints_survive_damage_and_refuse_the_dispossessed(store: Store, tmp_path: Path) -> None:
-    """The newest intact checkpoint comes back; a damaged one costs one interval; an older fence cannot move the pointer."""
-    state = tmp_path / "state"
-    state.mkdir()
-    checkpoints = StoredCheckpoints(store.backend, "k" * 64, fence=2)
-    for step in (1, 2, 3):
-        (state / "s.txt").write_text(str(step))
-        checkpoints.save(step, state)
-    into = tmp_path / "into"
-    into.mkdir()
-    assert StoredCheckpoints(store.backend, "k" * 64, fence=3).restore(into) == 3
-    assert (into / "s.txt").read_text() == "3"
-    newest = max(e.key for e in store.backend.list(f"v1/wip/{'k' * 64}/") if e.key.endswith("s.txt"))
-    store.backend.delete(newest)
-    store.backend.put(newest, b"damaged")
-    again = tmp_path / "again"
-    again.mkdir()
-    assert StoredCheckpoints(store.backend, "k" * 64, fence=3).restore(again) == 2
-    assert (again / "s.txt").read_text() == "2"
-    with pytest.raises(LeaseLost):
-        StoredCheckpoints(store.backend, "k" * 64, fence=1).save(9, state)
-    checkpoints.discard()
-    assert not list(store.backend.list(f"v1/wip/{'k' * 64}/"))
-
-
 def test_unwritable_store(tmp_path: Path) -> None:
     """A store that cannot be written says so, with its name and what to do, before any work."""
     (tmp_path / "file").write_text("")
@@ -287,3 +220,94 @@ def test_local_files_are_complete_or_absent(tmp_path: Path) -> None:
     [blob] = (tmp_path / "store" / "v1" / "cas").rglob("?" * 64)
     assert digest_file(blob) == blob.name == tree.files[0].digest
     assert not [p for p in (tmp_path / "store" / ".tmp").iterdir() if p.suffix != ".lock"]
+
+
+def test_stopped_lock_holder_blocks_nobody_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compare-and-swap that cannot get its lock gives up with an error that says what to look for."""
+    import fcntl
+
+    from artifacts import local
+
+    monkeypatch.setattr(local, "LOCK_SECONDS", 0.2)
+    backend = open_backend(str(tmp_path / "store"))
+    etag = backend.put("v1/x", b"1")
+    backend.put("v1/x", b"2", if_match=etag)
+    [guard] = (tmp_path / "store" / ".tmp").glob("*.lock")
+    with open(guard, "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoreUnavailable, match="stopped process"):
+            backend.put("v1/x", b"3", if_match=backend.get("v1/x").etag)
+    backend.put("v1/x", b"3", if_match=backend.get("v1/x").etag)
+
+
+def test_old_temporary_files_are_swept(tmp_path: Path) -> None:
+    """The first write removes temporary files of a day ago, and neither fresh ones nor locks."""
+    import os
+
+    temporary = tmp_path / "store" / ".tmp"
+    temporary.mkdir(parents=True)
+    for name in ("old", "fresh", "swap-00.lock"):
+        (temporary / name).write_text("")
+        if name != "fresh":
+            os.utime(temporary / name, (1, 1))
+    open_backend(str(tmp_path / "store")).put("v1/x", b"1")
+    assert {p.name for p in temporary.iterdir()} == {"fresh", "swap-00.lock"}
+
+
+def test_impossible_write_is_not_a_miss(tmp_path: Path) -> None:
+    """A write whose parent cannot exist is an error with advice, never NotFound."""
+    (tmp_path / "store" / "v1").mkdir(parents=True)
+    (tmp_path / "store" / "v1" / "act").symlink_to("/proc/nowhere/at/all")
+    with pytest.raises(StoreUnavailable, match="--store"):
+        Store.open(str(tmp_path / "store")).backend.put("v1/act/toy/x.json", b"1", if_absent=True)
+    with pytest.raises(StoreUnavailable, match="--store"):
+        Store.open("/proc/no-such-store").probe()
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("s3://AKIA:hunter2@bucket/x", "credentials"),
+        ("https://me:hunter2@host/x", "credentials"),
+        ("me:hunter2@s3://bucket", "credentials"),
+        ("s3://bucket/x?secret=hunter2", "s3://bucket/prefix"),
+        ("s3://", "s3://bucket/prefix"),
+        ("s3:///x", "s3://bucket/prefix"),
+        ("s3://Not_A_Bucket/x", "s3://bucket/prefix"),
+        ("s3:bucket", "s3://bucket/prefix"),
+        ("file://host/x", "file:///folder"),
+        ("file://", "file:///folder"),
+        ("", "a folder"),
+    ],
+)
+def test_bad_store_urls(url: str, says: str) -> None:
+    """A URL that names no store is refused with the form expected, and a secret in it is not repeated."""
+    with pytest.raises(StoreError, match=says) as caught:
+        open_backend(url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_unreadable_runs_are_left_out(store: Store) -> None:
+    """A run object that is not a run hides no other run, and its id is handed to the caller."""
+    good = store.put_run({"experiment": "e", "complete": True, "nodes": {}, "config": {}})
+    for name, data in {"a": b"", "b": b"[]", "c": b'{"schema":1}', "d": b"\xff"}.items():
+        store.backend.put(f"v1/run/{name}.json", data)
+    skipped: list[str] = []
+    assert [name for name, _, _ in store.runs(skipped)] == [good]
+    assert sorted(skipped) == ["a", "b", "c", "d"]
+
+
+def test_damaged_record_is_withdrawn(store: Store) -> None:
+    """A record object that is not a record is moved to the trash with its bytes; a good one is never touched."""
+    good = record()
+    store.commit(good)
+    assert not store.withdraw_damaged("toy", good.key, "test")
+    store.backend.delete(f"v1/act/toy/{good.key}.json")
+    store.backend.put(f"v1/act/toy/{good.key}.json", b"torn")
+    with pytest.raises(Damaged) as caught:
+        store.commit(good)
+    assert caught.value.record == ("toy", good.key) and caught.value.tree is None
+    assert store.withdraw_damaged("toy", good.key, "test") and not store.withdraw_damaged("toy", good.key, "test")
+    assert store.lookup("toy", good.key) is None and store.commit(good) == good
+    [kept] = [e.key for e in store.backend.list("v1/trash/") if e.key.endswith(".bytes")]
+    assert store.backend.get(kept).data == b"torn"

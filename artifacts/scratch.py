@@ -1,0 +1,151 @@
+"""Attempt folders: where a worker on this machine keeps a stage's output until the store has it.
+
+    <scratch>/<key>/<fence>-<owner>/holder.json      the process that works here (see `artifacts.lease.this_process`)
+                                    out/             what the body leaves
+                                    finished.json    written and synced last: running time, and the digest of every file
+
+Invariants: only its own process, or anyone once that process is gone, touches an attempt; an attempt counts as finished
+only while every file has the digest that was noted; a finished attempt is kept until its output is in the store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from artifacts.digest import canonical_json, digest_file, is_digest
+from artifacts.errors import StoreUnavailable
+from artifacts.lease import is_gone, this_process
+
+FINISHED = "finished.json"
+HOLDER = "holder.json"
+NAMELESS_SECONDS = 86400.0
+"""Age at which an attempt without a holder file, whose worker died at its very start, is taken for abandoned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at a stage, in `folder`."""
+
+    folder: Path
+
+    @property
+    def out(self) -> Path:
+        """The folder that becomes the output tree."""
+        return self.folder / "out"
+
+    @property
+    def seconds(self) -> float:
+        """Running time of the body. Only of a finished attempt."""
+        return float(json.loads((self.folder / FINISHED).read_bytes())["seconds"])
+
+    def finish(self, seconds: float) -> None:
+        """Note that the body ended well after `seconds` of running."""
+        content = canonical_json({"seconds": seconds, "files": _listing(self.out)})
+        temporary = self.folder / f"{FINISHED}.part"
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / FINISHED)
+
+    def is_finished(self) -> bool:
+        """True when the body ended well and every file still is as it left it."""
+        try:
+            noted = json.loads((self.folder / FINISHED).read_bytes())
+            return isinstance(noted["seconds"], (int, float)) and noted["files"] == _listing(self.out)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def is_mine(self) -> bool:
+        """True when this process made the attempt."""
+        return self._holder() == this_process()
+
+    def is_abandoned(self) -> bool:
+        """True when the process that worked here is gone; never where the system cannot tell processes apart."""
+        if (self.folder / HOLDER).exists():
+            return is_gone(self._holder())
+        try:
+            return time.time() - self.folder.stat().st_mtime > NAMELESS_SECONDS
+        except OSError:
+            return False
+
+    def remove(self) -> None:
+        """Remove the folder; what cannot be removed is left to a later sweep."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _holder(self) -> dict[str, object]:
+        try:
+            holder = json.loads((self.folder / HOLDER).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return holder if isinstance(holder, dict) else {}
+
+
+def new_attempt(scratch: Path, key: str, name: str) -> Attempt:
+    """A fresh attempt of this process.
+
+    Raises:
+        StoreUnavailable: the scratch folder cannot be written.
+    """
+    attempt = Attempt(scratch / key / name)
+    try:
+        attempt.folder.mkdir(parents=True)
+        (attempt.folder / HOLDER).write_bytes(canonical_json(this_process()))
+        attempt.out.mkdir()
+    except OSError as error:
+        raise StoreUnavailable(
+            f"cannot write the scratch folder {scratch}: {error.strerror or error}; check its permissions and free space"
+        ) from error
+    return attempt
+
+
+def finished_attempt(scratch: Path, key: str) -> Attempt | None:
+    """An attempt on this machine that finished the body and only failed to publish."""
+    for attempt in _attempts(scratch / key):
+        if (attempt.is_mine() or attempt.is_abandoned()) and attempt.is_finished():
+            return attempt
+    return None
+
+
+def clear(scratch: Path, key: str) -> None:
+    """Remove what this process and processes that are gone left of a stage whose output is in the store."""
+    for attempt in _attempts(scratch / key):
+        if attempt.is_mine() or attempt.is_abandoned():
+            attempt.remove()
+    try:
+        (scratch / key).rmdir()
+    except OSError:
+        pass  # another live worker's attempt is still in it
+
+
+def sweep(scratch: Path) -> None:
+    """Remove unfinished attempts, at any stage, whose process is gone."""
+    try:
+        homes = [path for path in scratch.iterdir() if is_digest(path.name)]
+    except OSError:
+        return
+    for home in homes:
+        for attempt in _attempts(home):
+            if attempt.is_abandoned() and not (attempt.folder / FINISHED).exists():
+                attempt.remove()
+
+
+def _attempts(home: Path) -> Iterator[Attempt]:
+    try:
+        folders = sorted(path for path in home.iterdir() if path.is_dir() and not path.is_symlink())
+    except OSError:
+        return
+    for folder in folders:
+        yield Attempt(folder)
+
+
+def _listing(out: Path) -> list[list[Any]]:
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    return [[path.relative_to(out).as_posix(), path.stat().st_size, digest_file(path)] for path in files]

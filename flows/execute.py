@@ -114,6 +114,9 @@ class StudyRun:
             if message["event"] == "damaged" and message.get("tree") is not None:
                 self._heal(node, message)
                 continue
+            if message["event"] == "damaged" and message.get("record"):
+                self.store.withdraw_damaged(*message["record"], message["message"])
+                continue
             self._fail(node.name, message)
         message = "its inputs were damaged again after they had been remade; check the disk of the store"
         self._fail(node.name, {"message": message})

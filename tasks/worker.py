@@ -355,8 +355,11 @@ def environment(spec: Spec) -> dict[str, Any]:
         "threads": spec.threads,
         "versions": versions,
     }
-    if spec.device != "cpu" and (torch := sys.modules.get("torch")) is not None:
-        found["accelerator"] = torch.cuda.get_device_name()
+    if (torch := sys.modules.get("torch")) is not None:
+        # Results are bit-equal for one instruction set: kernels differ between AVX2 and AVX-512.
+        found["instructions"] = torch.backends.cpu.get_cpu_capability()
+        if spec.device != "cpu":
+            found["accelerator"] = torch.cuda.get_device_name()
     return found
 
 

@@ -91,6 +91,10 @@ def open_backend(url: str) -> Backend:
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url):
+            raise StoreError(
+                f"store {url!r}: a URL needs '://'; expected {EXPECTED} (write ./{url} for a folder of that name)"
+            )
         if not url or re.match(r"(file|s3|memory):", url):
             raise StoreError(f"the store is named by {url!r}; expected {EXPECTED}")
         from artifacts.local import LocalBackend

@@ -134,7 +134,7 @@ class S3Backend:
                     f"the bucket {self.bucket!r} of the store {self.url} does not exist; create it first"
                 )
             return NotFound(f"{key} in {self.url}")
-        if status in (401, 403) or isinstance(error, PermissionError):
+        if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
             advice = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and the bucket's policy"
         else:
             advice = "check AWS_ENDPOINT_URL and the network, then run the same command again; nothing was lost"

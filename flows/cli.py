@@ -148,7 +148,15 @@ def _run(options: argparse.Namespace) -> int:
             f"{summary['executed']} executed, {summary['cached']} cached, {summary['failed']} failed, "
             f"{summary['seconds']:.1f} s\nreport: {summary['report'] or 'none, because a stage failed'}"
         )
+        if result.report is not None:
+            _print_claims(result.report.with_name("results.json"))
     return 1 if result.failures else 0
+
+
+def _print_claims(results: Path) -> None:
+    for claim in json.loads(results.read_text(encoding="utf-8"))["claims"]:
+        effect = "" if claim["effect"] is None else f"  {claim['effect']:.2f} [{claim['low']:.2f}, {claim['high']:.2f}]"
+        print(f"{claim['id']}  {claim['verdict']:<14}{effect}  {claim['statement']}")
 
 
 def _plan(options: argparse.Namespace) -> int:

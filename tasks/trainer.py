@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from math import fsum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,7 +105,8 @@ def curve(history: list[dict[str, float]], points: int = 60) -> list[dict[str, f
     thinned = []
     for start in range(0, len(history), width):
         window = history[start : start + width]
-        means = {name: sum(row.get(name, 0.0) for row in window) / len(window) for name in sorted(window[-1])}
+        # fsum is exact; sum() rounds differently from Python 3.12 on, and would give other bytes.
+        means = {name: fsum(row.get(name, 0.0) for row in window) / len(window) for name in sorted(window[-1])}
         thinned.append({**means, "step": window[-1]["step"]})
     return thinned
 

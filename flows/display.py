@@ -7,6 +7,7 @@ error, so that standard output stays for results. How long is left is reckoned f
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -167,6 +168,12 @@ class Display:
                 table.add_row(node, bar, self._how_far(running, now))
             table.add_row("study", ProgressBar(len(self._stages), len(self._finished), width=24), self._overall())
         return table
+
+
+def say(text: str) -> None:
+    """One line on standard error; a run goes on when nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

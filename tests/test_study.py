@@ -258,6 +258,8 @@ def test_interrupt(engine: str, tmp_path: Path) -> None:
         text=True,
         cwd=tmp_path,
         env=environment(),
+        # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert run.stderr is not None
     for line in run.stderr:

@@ -75,7 +75,6 @@ class StudyRun:
     _priority: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _healing: dict[str, threading.Lock] = field(default_factory=dict)
-    _probed: bool = False
 
     @property
     def planner(self) -> Planner:
@@ -130,7 +129,6 @@ class StudyRun:
             return None
 
     def _work(self, node: Node, payload: dict[str, Any], symbols: dict[str, str]) -> dict[str, Any]:
-        self._probe_once()
         hardware = self.pool.hardware
         spec = Spec(
             store=self.store.backend.url,
@@ -223,12 +221,6 @@ class StudyRun:
             self.outcomes[node.name] = outcome
         self.watch(node.name, {"event": "cached", "seconds": record.seconds})
         return outcome
-
-    def _probe_once(self) -> None:
-        with self._lock:
-            if not self._probed:
-                self.store.probe()
-                self._probed = True
 
 
 def run_in_order(run: StudyRun) -> None:

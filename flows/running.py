@@ -16,6 +16,7 @@ from artifacts.record import Record
 from flows.display import Display, say
 from flows.execute import Outcome, StudyRun, run_in_order
 from flows.export import check_report_folder, export_report
+from flows.plan import Resolution
 from flows.session import Study, records_of, scratch_folder
 from flows.workers import Hardware, WorkerPool
 from tasks.import_data import ImportDataConfig, check_every_row
@@ -61,12 +62,12 @@ def run_study(
     """Bring every node of a study up to date and write its report to `out` (default: `reports/<experiment>`)."""
     folder = out or Path("reports") / study.experiment.name
     check_report_folder(folder)
-    resolutions = study.plan(explain=False)
+    resolutions = study.plan()
     hits = {name: r.record for name, r in resolutions.items() if r.record is not None}
     if len(hits) < len(resolutions):
         check_inputs(study, hits)
         hardware = Hardware.detect(device, workers, threads)
-        run = make_run(study, hits, hardware, checkpoint_seconds)
+        run = make_run(study, resolutions, hardware, checkpoint_seconds)
         execute(run, lambda: _start_engine(run, engine, study, parameters or {}))
         outcomes, failures = run.outcomes, run.failures
     else:
@@ -99,13 +100,11 @@ def check_inputs(study: Study, hits: dict[str, Record]) -> None:
             check_every_row(node.config)
 
 
-def make_run(study: Study, hits: dict[str, Record], hardware: Hardware, checkpoint_seconds: float) -> StudyRun:
-    """A run of the study that already knows its hits and shows its progress on standard error."""
-    estimates = {
-        name: resolution.seconds_estimate
-        for name, resolution in study.plan().items()
-        if resolution.seconds_estimate is not None
-    }
+def make_run(
+    study: Study, resolutions: dict[str, Resolution], hardware: Hardware, checkpoint_seconds: float
+) -> StudyRun:
+    """A run of the planned study that knows its hits and shows its progress on standard error."""
+    estimates = {name: r.seconds_estimate for name, r in resolutions.items() if r.seconds_estimate is not None}
     run = StudyRun(
         graph=study.graph,
         store=study.store,
@@ -114,7 +113,7 @@ def make_run(study: Study, hits: dict[str, Record], hardware: Hardware, checkpoi
         watch=Display(study.graph, estimates, hardware.workers),
         checkpoint_seconds=checkpoint_seconds,
     )
-    run.adopt_hits(hits)
+    run.adopt_hits({name: r.record for name, r in resolutions.items() if r.record is not None})
     return run
 
 

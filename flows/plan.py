@@ -3,6 +3,9 @@
 A node whose inputs are known has a key; a record under that key is a hit. A node below a miss has no key yet: it is
 `maybe` when a record exists that would make it a hit if the rerun inputs came out with the same bytes as before (early
 cutoff), and `run` when no record could. The same walk with every input known is what `run` does.
+
+A plan whose stages this machine has seen recorded reads every record in one round of concurrent requests; see
+`flows.hints`.
 """
 
 from __future__ import annotations
@@ -11,15 +14,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from artifacts.digest import canonical_json, digest_bytes
 from artifacts.errors import Damaged
 from artifacts.record import Record
 from artifacts.store import Store
 from flows.graph import Graph, Node
+from flows.hints import Hints
 from tasks.identity import CodeIdentity, CodeReader, stage_key, stage_payload
 
 Status = Literal["hit", "run", "maybe"]
 UNKNOWN = "?"
 """Stands for the digest of an input that a run has to make first."""
+
+Found = dict[tuple[str, str], Record | Damaged | None]
+"""(stage, key) -> what the store has there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +83,10 @@ class Resolution:
 class Planner:
     """Resolves nodes against a store. Code identities and records of a stage are read once."""
 
-    def __init__(self, graph: Graph, store: Store, code: CodeReader | None = None) -> None:
+    def __init__(self, graph: Graph, store: Store, code: CodeReader | None = None, hints: Hints | None = None) -> None:
         self.graph = graph
         self.store = store
+        self._hints = hints
         self._reader = code or CodeReader()
         self._code: dict[str, CodeIdentity] = {}
         self._records: dict[str, list[Record]] = {}
@@ -90,15 +99,18 @@ class Planner:
         return stage_payload(node.stage, node.config, inputs, code), code.symbols
 
     def plan(self, *, explain: bool = True) -> dict[str, Resolution]:
-        """Resolve every node, in rounds of concurrent reads: one round for each level of the graph.
+        """Resolve every node, in rounds of concurrent reads: one for what is hinted, one for each level of the rest.
 
         With `explain`, misses are compared with the nearest record, which lists and reads their stage's records.
         """
         found: dict[str, Resolution] = {}
+        recipes = self._recipes() if self._hints else {}
+        hinted = self._hints.load(recipes.values()) if self._hints else {}
+        records = self._lookup([(n.stage.name, hinted[r]) for n in self.graph if (r := recipes.get(n.name)) in hinted])
         for level in self._levels():
             wanted = [self._unresolved(node, found) for node in level]
             keyed = [(r.node.stage.name, r.key) for r in wanted if r.key is not None]
-            records = self._lookup(keyed)
+            records.update(self._lookup([pair for pair in keyed if pair not in records]))
             for resolution in wanted:
                 if resolution.key is not None:
                     found_there = records[resolution.node.stage.name, resolution.key]
@@ -111,14 +123,25 @@ class Planner:
                 elif explain:
                     self._explain(resolution)
                 found[resolution.node.name] = resolution
+        if self._hints:
+            keys = {recipes[name]: r.key for name, r in found.items() if r.record is not None and r.key is not None}
+            self._hints.remember({recipe: key for recipe, key in keys.items() if hinted.get(recipe) != key})
         return {node.name: found[node.name] for node in self.graph}
 
-    def _lookup(self, wanted: list[tuple[str, str]]) -> dict[tuple[str, str], Record | Damaged | None]:
+    def _recipes(self) -> dict[str, str]:
+        """Node -> digest of its stage, code, config and, for every input, the recipe that makes it."""
+        recipes: dict[str, str] = {}
+        for node in self.graph:
+            inputs = {name: recipes[source] for name, source in node.inputs.items()}
+            recipes[node.name] = digest_bytes(canonical_json(self.identity(node, inputs)[0]))
+        return recipes
+
+    def _lookup(self, wanted: list[tuple[str, str]]) -> Found:
         """The records, in one round of reads; a record that does not decode stands for itself as `Damaged`."""
         try:
             return dict(self.store.lookup_many(wanted)) if wanted else {}
         except Damaged:
-            found: dict[tuple[str, str], Record | Damaged | None] = {}
+            found: Found = {}
             for stage, key in wanted:
                 try:
                     found[stage, key] = self.store.lookup(stage, key)

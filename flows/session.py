@@ -14,6 +14,7 @@ from artifacts.store import Store
 from flows.execute import Outcome
 from flows.experiment import Experiment, load_experiment
 from flows.graph import Graph
+from flows.hints import hints_for
 from flows.plan import Planner, Resolution
 from flows.study import build_graph
 
@@ -31,7 +32,7 @@ class Study:
 
     def plan(self, *, explain: bool = True) -> dict[str, Resolution]:
         """Resolve every node against the store."""
-        return Planner(self.graph, self.store).plan(explain=explain)
+        return Planner(self.graph, self.store, hints=hints_for(self.store.backend.url)).plan(explain=explain)
 
     def remember(self, outcomes: dict[str, Outcome]) -> None:
         """Note in the store what this run consisted of, so that its outputs can be found by name."""

@@ -16,13 +16,13 @@ import json
 import os
 import random
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from artifacts.backend import Backend
+from artifacts.clock import SYSTEM, Clock
 from artifacts.digest import canonical_json
 from artifacts.errors import Conflict, LeaseLost, NotFound
 
@@ -81,8 +81,8 @@ class Lease:
     backend: Backend
     key: str
     time_to_live: float = TIME_TO_LIVE
-    clock: Callable[[], float] = time.monotonic
-    holder: dict[str, object] = field(default_factory=this_process)
+    clock: Clock = SYSTEM
+    holder: dict[str, object] = field(default_factory=lambda: this_process())
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
     last_fence: Callable[[], int] = lambda: 0
     """The highest fence seen elsewhere; asked where the lease itself cannot tell, being absent or damaged."""
@@ -101,7 +101,7 @@ class Lease:
         if body is None:
             return self._write(self.last_fence() + 1, "held", stored.etag)
         if body["state"] == "held" and not is_gone(dict(body["holder"])):
-            now = self.clock()
+            now = self.clock.monotonic()
             if self._seen is None or self._seen[0] != stored.etag:
                 self._seen = (stored.etag, now)
             if now - self._seen[1] < float(str(body["time_to_live"])):
@@ -149,7 +149,7 @@ class Lease:
     @property
     def held(self) -> bool:
         """True while the last confirmed heartbeat is younger than the time to live."""
-        return self._etag is not None and self.clock() < self._deadline
+        return self._etag is not None and self.clock.monotonic() < self._deadline
 
     @property
     def _path(self) -> str:
@@ -167,7 +167,7 @@ class Lease:
                 "holder": self.holder,
             }
         )
-        sent = self.clock()
+        sent = self.clock.monotonic()
         try:
             if etag is None:
                 self._etag = self.backend.put(self._path, body, if_absent=True)
@@ -199,17 +199,16 @@ class Heartbeat:
         self._lease = lease
         self._on_lost = on_lost
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=f"lease-{lease.key[:8]}", daemon=True)
-        self._thread.start()
+        self._task = lease.clock.start(self._beat, f"lease-{lease.key[:8]}")
 
     def stop(self) -> None:
         """End the heartbeat and wait for a beat that is under way."""
         self._ended.set()
-        self._thread.join()
+        self._task.join()
 
     def _beat(self) -> None:
         pause = self._lease.time_to_live / 3
-        while not self._ended.wait(pause):
+        while not self._lease.clock.wait(self._ended, pause):
             try:
                 self._lease.renew()
                 pause = self._lease.time_to_live / 3
@@ -223,13 +222,18 @@ class Heartbeat:
                 pause = min(1.0, self._lease.time_to_live / 10)
 
 
-def wait_for(attempt: Callable[[], bool], stop: Callable[[], str | None], longest_pause: float = 2.0) -> bool:
+def wait_for(
+    attempt: Callable[[], bool],
+    stop: Callable[[], str | None],
+    longest_pause: float = 2.0,
+    clock: Clock = SYSTEM,
+) -> bool:
     """Call `attempt` with growing, jittered pauses until it succeeds; False when `stop` asks to end first."""
     pause = 0.05
     while not attempt():
         if stop() is not None:
             return False
-        time.sleep(random.uniform(0.5, 1.0) * pause)
+        clock.sleep(random.uniform(0.5, 1.0) * pause)
         pause = min(longest_pause, pause * 1.6)
     return True
 

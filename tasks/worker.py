@@ -18,16 +18,16 @@ import os
 import signal
 import sys
 import tempfile
-import threading
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from artifacts import scratch
 from artifacts.checkpoints import StoredCheckpoints
+from artifacts.clock import SYSTEM, Clock, Timer
 from artifacts.errors import Damaged, LeaseLost, StoreError, StoreUnavailable
 from artifacts.lease import TIME_TO_LIVE, Heartbeat, Lease, wait_for
 from artifacts.record import Record, payload_key
@@ -40,6 +40,9 @@ COMMIT_ATTEMPTS = 5
 
 LEASES = 3
 """Times that a worker takes the lease, each after having lost it to another worker."""
+
+LOST_STATUS = 76
+"""Exit status of a worker that ended itself because its body went on after the lease was lost."""
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -87,6 +90,30 @@ class Stop:
         return self.reason
 
 
+def require_planned_code(spec: Spec, stage: Stage) -> None:
+    """Refuse to run code that is not the code in the key: the source may have been edited since the run was planned."""
+    package = spec.module.partition(".")[0]
+    now = CodeReader(packages=tuple({"tasks", "artifacts", package})).stage(stage)
+    if now.digest != spec.payload["code"]:
+        symbols = now.symbols.keys() | spec.symbols.keys()
+        changed = sorted(s for s in symbols if now.symbols.get(s) != spec.symbols.get(s))
+        raise StageError(
+            f"{spec.node}: the source changed since this run was planned ({', '.join(changed[:3])}); "
+            "run the same command again, and it is planned anew"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a worker takes from the machine it runs on. A simulation gives it others."""
+
+    clock: Clock = SYSTEM
+    open_store: Callable[[str], Store] = Store.open
+    require_code: Callable[[Spec, Stage], None] = require_planned_code
+    end_process: Callable[[int], object] = os._exit
+    """Ends this process at once, whatever it is doing."""
+
+
 @dataclass(slots=True)
 class _Attempt:
     spec: Spec
@@ -94,9 +121,10 @@ class _Attempt:
     stage: Stage
     send: Send
     stop: Stop
+    around: Surroundings = field(default_factory=Surroundings)
     lost: Stop = field(default_factory=Stop)
     """Why the lease was lost, as long as it is."""
-    exit: threading.Timer | None = None
+    exit: Timer | None = None
 
     def run(self) -> dict[str, Any]:
         """Lease, body, commit. Returns the `done` message."""
@@ -125,9 +153,15 @@ class _Attempt:
         """The folder of all attempts on this machine."""
         return Path(self.spec.scratch)
 
+    @property
+    def clock(self) -> Clock:
+        """The clock of this worker's surroundings."""
+        return self.around.clock
+
     def _new_lease(self) -> Lease:
         backend, key = self.store.backend, self.spec.key
-        return Lease(backend, key, self.spec.time_to_live, last_fence=StoredCheckpoints(backend, key, 0).stored_fence)
+        fences = StoredCheckpoints(backend, key, 0)
+        return Lease(backend, key, self.spec.time_to_live, self.clock, last_fence=fences.stored_fence)
 
     def _run_leased(self, lease: Lease) -> dict[str, Any]:
         adopted: list[Record] = []
@@ -141,7 +175,7 @@ class _Attempt:
 
         if not take_or_adopt():
             self.send({"event": "log", "message": "another worker holds the lease on this stage; waiting for it"})
-            if not wait_for(take_or_adopt, self.stop):
+            if not wait_for(take_or_adopt, self.stop, clock=self.clock):
                 raise StageStopped(self.stop() or "stopped")
         if adopted:
             return self._adopted(adopted[0])
@@ -184,7 +218,7 @@ class _Attempt:
                 inputs[name] = Path(work, "inputs", digest)
                 if not inputs[name].exists():
                     self.store.materialise(digest, inputs[name])
-            timed = _TimedCheckpoints(checkpoints)
+            timed = _TimedCheckpoints(checkpoints, self.clock)
             context = StageContext(
                 out=attempt.out,
                 work=Path(work),
@@ -218,16 +252,7 @@ class _Attempt:
         return confirm
 
     def _require_planned_code(self) -> None:
-        """Refuse to run code that is not the code in the key: the source may have been edited since the run was planned."""
-        package = self.spec.module.partition(".")[0]
-        now = CodeReader(packages=tuple({"tasks", "artifacts", package})).stage(self.stage)
-        if now.digest != self.spec.payload["code"]:
-            symbols = now.symbols.keys() | self.spec.symbols.keys()
-            changed = sorted(s for s in symbols if now.symbols.get(s) != self.spec.symbols.get(s))
-            raise StageError(
-                f"{self.spec.node}: the source changed since this run was planned ({', '.join(changed[:3])}); "
-                "run the same command again, and it is planned anew"
-            )
+        self.around.require_code(self.spec, self.stage)
 
     def _publish(self, out: Path, seconds: float, lease: Lease) -> Record:
         pause = 1.0
@@ -246,7 +271,7 @@ class _Attempt:
                         symbols=self.spec.symbols,
                         environment=environment(self.spec),
                         seconds=round(seconds, 3),
-                        finished=round(time.time(), 3),
+                        finished=round(self.clock.time(), 3),
                     )
                 )
             except StoreUnavailable as error:
@@ -257,7 +282,7 @@ class _Attempt:
                 self.send(
                     {"event": "log", "message": f"storing the output failed, trying again in {pause:.0f} s: {error}"}
                 )
-                time.sleep(pause)
+                self.clock.sleep(pause)
                 pause *= 2
         raise AssertionError("unreachable")
 
@@ -273,9 +298,7 @@ class _Attempt:
 
     def _on_lost(self, reason: str) -> None:
         self.lost.request(reason)
-        self.exit = threading.Timer(self.spec.time_to_live / 3, os._exit, args=(76,))
-        self.exit.daemon = True
-        self.exit.start()
+        self.exit = self.clock.later(self.spec.time_to_live / 3, lambda: self.around.end_process(LOST_STATUS))
 
     def _end_grace(self) -> None:
         if self.exit is not None:
@@ -286,13 +309,14 @@ class _Attempt:
 class _TimedCheckpoints:
     """Checkpoints that also remember how long the body has run, over all attempts."""
 
-    def __init__(self, stored: StoredCheckpoints) -> None:
+    def __init__(self, stored: StoredCheckpoints, clock: Clock) -> None:
         self._stored = stored
-        self._since = time.monotonic()
+        self._clock = clock
+        self._since = clock.monotonic()
 
     def count(self) -> None:
         """Add the time since the last call to the body's running time."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         self._stored.seconds += now - self._since
         self._since = now
 
@@ -302,17 +326,18 @@ class _TimedCheckpoints:
 
     def restore(self, into: Path) -> int | None:
         step = self._stored.restore(into)
-        self._since = time.monotonic()
+        self._since = self._clock.monotonic()
         return step
 
 
-def execute(spec: Spec, send: Send, stop: Stop) -> int:
+def execute(spec: Spec, send: Send, stop: Stop, around: Surroundings | None = None) -> int:
     """Run the stage of `spec`; every outcome is sent as one message. Returns the process's exit status."""
+    around = around or Surroundings()
     try:
         stage = load_stage(spec)
         if spec.payload["stage"] != stage.name:
             raise StageError(f"{spec.node}: the spec is for stage {spec.payload['stage']!r}, found {stage.name!r}")
-        send(_Attempt(spec, Store.open(spec.store), stage, send, stop).run())
+        send(_Attempt(spec, around.open_store(spec.store), stage, send, stop, around).run())
         return 0
     except StageStopped as error:
         send({"event": "stopped", "message": str(error)})
@@ -339,6 +364,25 @@ def load_stage(spec: Spec) -> Stage:
 def environment(spec: Spec) -> dict[str, Any]:
     """What a person needs to know about where a stage ran. Recorded beside the result, never part of its key."""
     import platform
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "device": spec.device,
+        "threads": spec.threads,
+        "versions": dict(_versions()),
+    }
+    if (torch := sys.modules.get("torch")) is not None:
+        # Results are bit-equal for one instruction set: kernels differ between AVX2 and AVX-512.
+        found["instructions"] = torch.backends.cpu.get_cpu_capability()
+        if spec.device != "cpu":
+            found["accelerator"] = torch.cuda.get_device_name()
+    return found
+
+
+@cache
+def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -347,20 +391,7 @@ def environment(spec: Spec) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "host": platform.node(),
-        "machine": platform.machine(),
-        "device": spec.device,
-        "threads": spec.threads,
-        "versions": versions,
-    }
-    if (torch := sys.modules.get("torch")) is not None:
-        # Results are bit-equal for one instruction set: kernels differ between AVX2 and AVX-512.
-        found["instructions"] = torch.backends.cpu.get_cpu_capability()
-        if spec.device != "cpu":
-            found["accelerator"] = torch.cuda.get_device_name()
-    return found
+    return versions
 
 
 def _done(record: Record, *, executed: bool) -> dict[str, Any]:

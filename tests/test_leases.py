@@ -9,9 +9,19 @@ import pytest
 
 from artifacts import lease as leases
 from artifacts.checkpoints import StoredCheckpoints
+from artifacts.clock import Clock
 from artifacts.errors import LeaseLost, StoreError
 from artifacts.lease import Lease, is_gone, process_identity, this_process
 from artifacts.store import Store
+
+
+class HandClock(Clock):
+    """A clock that is set by hand."""
+
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
 
 
 def folder(tmp_path: Path, **files: str) -> Path:
@@ -24,17 +34,17 @@ def folder(tmp_path: Path, **files: str) -> Path:
 
 def test_lease_excludes_and_expires(store: Store) -> None:
     """A held lease excludes others until its time to live passes on the waiter's own clock; then its holder has lost it."""
-    now = [0.0]
+    now = HandClock()
     elsewhere = {"machine": "another", "pid": 1, "started": 1}
-    holder = Lease(store.backend, "k" * 64, 10.0, clock=lambda: now[0], holder=elsewhere)
-    waiter = Lease(store.backend, "k" * 64, 10.0, clock=lambda: now[0])
+    holder = Lease(store.backend, "k" * 64, 10.0, clock=now, holder=elsewhere)
+    waiter = Lease(store.backend, "k" * 64, 10.0, clock=now)
     assert holder.try_acquire() and holder.fence == 1
     assert not waiter.try_acquire()
-    now[0] = 9.0
+    now.seconds = 9.0
     holder.renew()
-    now[0] = 12.0
+    now.seconds = 12.0
     assert not waiter.try_acquire()
-    now[0] = 23.0
+    now.seconds = 23.0
     assert waiter.try_acquire() and waiter.fence == 2
     with pytest.raises(LeaseLost):
         holder.renew()

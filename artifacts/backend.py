@@ -11,14 +11,16 @@ Every backend gives the same guarantees, which the rest of the store is built on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from artifacts.errors import NotFound, StoreError
+from artifacts.errors import Damaged, NotFound, StoreError
 
 EXPECTED = "a folder, file:///folder, s3://bucket/prefix or memory://name"
+Progress = Callable[[int], None]
+"""Called with the number of further bytes that were moved; from any thread."""
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -54,20 +56,48 @@ class Backend(Protocol):
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write a small object and return its new ETag."""
 
-    def get_file(self, key: str, path: Path) -> None:
-        """Stream an object into the file `path`. The caller verifies the bytes."""
+    def put_file(
+        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+    ) -> None:
+        """Stream `size` bytes of the file `path` from `offset` (default: all from there on) into an object."""
 
-    def put_file(self, key: str, path: Path) -> None:
-        """Stream the file `path` into an object."""
+    def get_file(
+        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+    ) -> str:
+        """Stream an object into the file `path` from `offset` on; return the BLAKE3 digest of the bytes received.
+
+        The digest is computed while the bytes arrive; the caller compares it. Without `offset` and `size` the file
+        becomes exactly the object and may be read-only; otherwise bytes outside the range stay as they are.
+
+        Raises:
+            Damaged: the object is not `size` bytes long; nothing was written.
+        """
 
     def size(self, key: str) -> int | None:
         """Size in bytes, or None when there is no such object."""
+
+    def sizes(self, keys: Iterable[str]) -> dict[str, int | None]:
+        """`size` of several objects at once."""
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """All objects whose key starts with `prefix`."""
 
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is not an error."""
+
+    def delete_many(self, keys: Iterable[str]) -> None:
+        """Remove several objects; missing ones are no error."""
+
+    def sweep(self, older_than_seconds: float, *, dry_run: bool = False) -> list[Entry]:
+        """Remove what killed writers left unfinished longer ago than this, and return it. None of it is an object."""
+
+    def free_bytes(self) -> int | None:
+        """Space left, or None where that cannot be told."""
+
+
+def wrong_size(key: str, url: str, expected: int, found: int) -> Damaged:
+    """The error of an object that is longer or shorter than it must be."""
+    return Damaged(f"{key} in the store {url} is {found} bytes long; expected {expected}")
 
 
 def get_each(backend: Backend, keys: Iterable[str]) -> dict[str, Object | None]:

@@ -134,8 +134,7 @@ class StoredCheckpoints:
             check_path(relative)
             target = into / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.backend.get_file(f"{base}/files/{relative}", target)
-            if digest_file(target) != digest:
+            if self.backend.get_file(f"{base}/files/{relative}", target) != digest:
                 raise Damaged(f"{base}/files/{relative} does not match its digest")
         self.seconds = float(body["seconds"])
         return int(body["step"])

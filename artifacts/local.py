@@ -17,12 +17,16 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from artifacts.backend import Entry, Object, get_each
-from artifacts.digest import digest_bytes
+from blake3 import blake3
+
+from artifacts.backend import Entry, Object, Progress, get_each, wrong_size
+from artifacts.digest import digest_bytes, digest_file
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
 
 TEMPORARY = ".tmp"
+CHUNK_BYTES = 1 << 20
 LOCK_SECONDS = 20.0
 """Longest wait for another process's compare-and-swap, which takes milliseconds when that process runs."""
 LEFTOVER_SECONDS = 86400.0
@@ -61,22 +65,18 @@ class LocalBackend:
                 temporary.unlink(missing_ok=True)
         return digest_bytes(data)
 
-    def get_file(self, key: str, path: Path) -> None:
-        with self._errors(key, "read"):
-            source = self._path(key)
-            try:
-                os.link(source, path)
-            except OSError as error:
-                if error.errno == errno.ENOENT:
-                    raise
-                shutil.copyfile(source, path)
-
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(
+        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+    ) -> None:
         with self._errors(key, "write"):
             temporary = self._temporary()
             try:
                 with open(path, "rb") as source, open(temporary, "xb") as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
+                    source.seek(offset)
+                    for chunk in _chunks(source, size):
+                        file.write(chunk)
+                        if progress is not None:
+                            progress(len(chunk))
                     file.flush()
                     os.fchmod(file.fileno(), 0o444)
                     os.fsync(file.fileno())
@@ -84,12 +84,48 @@ class LocalBackend:
             finally:
                 temporary.unlink(missing_ok=True)
 
+    def get_file(
+        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+    ) -> str:
+        with self._errors(key, "read"), open(self._path(key), "rb") as source:
+            length = os.fstat(source.fileno()).st_size
+            if size is not None and length != size:
+                raise wrong_size(key, self.url, size, length)
+            if offset == 0 and size is None and self._link(key, path):
+                if progress is not None:
+                    progress(length)
+                return digest_file(path)
+            # Never truncates what is there: it may be a link to an object.
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+                file.seek(offset)
+                hasher = blake3()
+                for chunk in _chunks(source, None):
+                    file.write(chunk)
+                    hasher.update(chunk)
+                    if progress is not None:
+                        progress(len(chunk))
+            return hasher.hexdigest()
+
+    def _link(self, key: str, path: Path) -> bool:
+        """Make `path` another name of the object, which is read-only; False where the file system cannot."""
+        path.unlink(missing_ok=True)
+        try:
+            os.link(self._path(key), path)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise
+            return False
+        return True
+
     def size(self, key: str) -> int | None:
         try:
             with self._errors(key, "stat"):
                 return self._path(key).stat().st_size
         except NotFound:
             return None
+
+    def sizes(self, keys: Iterable[str]) -> dict[str, int | None]:
+        return {key: self.size(key) for key in keys}
 
     def list(self, prefix: str) -> Iterator[Entry]:
         folder = self.root / prefix.rpartition("/")[0]
@@ -109,6 +145,45 @@ class LocalBackend:
         with self._errors(key, "delete"):
             self._path(key).unlink(missing_ok=True)
 
+    def delete_many(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.delete(key)
+
+    def sweep(self, older_than_seconds: float, *, dry_run: bool = False) -> list[Entry]:
+        """The lock files stay: a lock on a removed file excludes nobody."""
+        left: list[Entry] = []
+        if not (self.root / TEMPORARY).is_dir():
+            return left
+        with self._errors(TEMPORARY, "write"):
+            oldest = self._now() - older_than_seconds
+            for path in sorted((self.root / TEMPORARY).iterdir()):
+                try:
+                    status = path.stat()
+                    if path.suffix == ".lock" or status.st_mtime > oldest:
+                        continue
+                    if not dry_run:
+                        path.unlink()
+                except FileNotFoundError:
+                    continue
+                left.append(Entry(f"{TEMPORARY}/{path.name}", status.st_size, status.st_mtime))
+        return left
+
+    def free_bytes(self) -> int | None:
+        folder = self.root
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        with self._errors(str(folder), "stat"):
+            return shutil.disk_usage(folder).free
+
+    def _now(self) -> float:
+        """The time by the clock of the file system, which may be another machine's."""
+        temporary = self._temporary()
+        temporary.touch()
+        try:
+            return temporary.stat().st_mtime
+        finally:
+            temporary.unlink(missing_ok=True)
+
     def _path(self, key: str) -> Path:
         return self.root / key
 
@@ -117,18 +192,8 @@ class LocalBackend:
         folder.mkdir(parents=True, exist_ok=True)
         if not self._swept:
             self._swept = True
-            self._sweep(folder)
+            self.sweep(LEFTOVER_SECONDS)
         return folder / uuid.uuid4().hex
-
-    def _sweep(self, folder: Path) -> None:
-        """Remove what killed processes left. The lock files stay: a lock on a removed file excludes nobody."""
-        oldest = time.time() - LEFTOVER_SECONDS
-        for path in folder.iterdir():
-            try:
-                if path.suffix != ".lock" and path.stat().st_mtime < oldest:
-                    path.unlink()
-            except OSError:
-                continue
 
     def _publish(self, temporary: Path, target: Path, *, replace: bool) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,3 +260,14 @@ class LocalBackend:
     def _listing_error(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise StoreUnavailable(f"cannot list {error.filename} in the store {self.url}: {error.strerror}") from error
+
+
+def _chunks(source: BinaryIO, size: int | None) -> Iterator[bytes]:
+    """The next `size` bytes of a file, or all the rest, in pieces."""
+    left = size
+    while left is None or left > 0:
+        chunk = source.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
+        if not chunk:
+            return
+        yield chunk
+        left = None if left is None else left - len(chunk)

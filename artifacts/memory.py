@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from artifacts.backend import Entry, Object, get_each
+from artifacts.backend import Entry, Object, Progress, get_each, wrong_size
+from artifacts.digest import digest_bytes
 from artifacts.errors import Conflict, NotFound
 
 _NAMED: dict[str, MemoryBackend] = {}
@@ -49,15 +51,38 @@ class MemoryBackend:
             self._objects[key] = (bytes(data), etag, time.time())
             return etag
 
-    def get_file(self, key: str, path: Path) -> None:
-        path.write_bytes(self.get(key).data)
+    def put_file(
+        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+    ) -> None:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(-1 if size is None else size)
+        self.put(key, data)
+        if progress is not None:
+            progress(len(data))
 
-    def put_file(self, key: str, path: Path) -> None:
-        self.put(key, path.read_bytes())
+    def get_file(
+        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+    ) -> str:
+        data = self.get(key).data
+        if size is not None and len(data) != size:
+            raise wrong_size(key, self.url, size, len(data))
+        if offset == 0 and size is None:
+            path.write_bytes(data)
+        else:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+                file.seek(offset)
+                file.write(data)
+        if progress is not None:
+            progress(len(data))
+        return digest_bytes(data)
 
     def size(self, key: str) -> int | None:
         with self._lock:
             return len(self._objects[key][0]) if key in self._objects else None
+
+    def sizes(self, keys: Iterable[str]) -> dict[str, int | None]:
+        return {key: self.size(key) for key in keys}
 
     def list(self, prefix: str) -> Iterator[Entry]:
         with self._lock:
@@ -67,3 +92,13 @@ class MemoryBackend:
     def delete(self, key: str) -> None:
         with self._lock:
             self._objects.pop(key, None)
+
+    def delete_many(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.delete(key)
+
+    def sweep(self, older_than_seconds: float, *, dry_run: bool = False) -> list[Entry]:
+        return []
+
+    def free_bytes(self) -> int | None:
+        return None

@@ -152,12 +152,12 @@ class Store:
         temporary = target.with_name(f".{uuid.uuid4().hex}.part")
         try:
             try:
-                self.backend.get_file(_key("cas", file.digest), temporary)
+                found = self.backend.get_file(_key("cas", file.digest), temporary)
             except NotFound as error:
                 raise Damaged(
                     f"{file.path} of tree {tree[:12]} is missing from {self.backend.url}", tree=tree
                 ) from error
-            if digest_file(temporary) != file.digest:
+            if found != file.digest:
                 raise Damaged(
                     f"{file.path} of tree {tree[:12]} in {self.backend.url} does not match its digest {file.digest[:12]}",
                     tree=tree,

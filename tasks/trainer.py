@@ -1,10 +1,10 @@
 """How every stage that trains with a Hugging Face or TRL trainer runs it: quietly, on the right device, resumably.
 
 Invariants: weights and metrics are the same bit for bit whether or not the run was interrupted; a run that had already
-finished is not trained one step further (trainers do exactly that when resumed from their last checkpoint); nothing of
-ours is pickled. Two decisions follow. Losses are logged at every step, because a trainer's running mean between two log
-points is not part of its checkpoint. And a checkpoint leaves through the stage context at once, so that the trainer's
-own, non-atomic, checkpoint folder is never what a retry reads.
+finished is not trained one step further (trainers do exactly that when resumed from their last checkpoint); no pickle
+leaves or enters the work folder (see `tasks.plain_state`). Two decisions follow. Losses are logged at every step, because
+a trainer's running mean between two log points is not part of its checkpoint. And a checkpoint leaves through the stage
+context at once, so that the trainer's own, non-atomic, checkpoint folder is never what a retry reads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tasks.models import LoraSettings
+from tasks.plain_state import PICKLED, from_plain, to_plain
 from tasks.stage import StageConfig, StageContext
 
 
@@ -111,13 +112,18 @@ def curve(history: list[dict[str, float]], points: int = 60) -> list[dict[str, f
     return thinned
 
 
-_REQUIRED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+_REQUIRED = (PICKLED["optimizer"], PICKLED["scheduler"], PICKLED["rng_state"], "trainer_state.json")
 """Without any of these a trainer resumes silently, and differently."""
 
 
 def _usable_checkpoint(context: StageContext) -> tuple[int, Path] | None:
     restored = context.restore_checkpoint()
     if restored is None:
+        return None
+    try:
+        from_plain(restored[1])
+    except ValueError as error:
+        context.log(f"checkpoint at step {restored[0]}: {error}: starting from step 0")
         return None
     missing = [name for name in _REQUIRED if not (restored[1] / name).is_file()]
     if missing:
@@ -138,7 +144,7 @@ def _stage_callback(context: StageContext, total_steps: int) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (directory / "training_args.bin").unlink(missing_ok=True)
+            to_plain(directory)
             context.save_checkpoint(state.global_step, directory)
             shutil.rmtree(directory)
 

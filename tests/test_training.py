@@ -14,6 +14,7 @@ import pytest
 from tasks.backdoor_data import BackdoorDataConfig, backdoor_data
 from tasks.insert import InsertConfig, insert
 from tasks.models import LoraSettings, apply_lora, load_model, save_model
+from tasks.plain_state import PLAIN_SUFFIXES
 from tasks.pretrain import PretrainConfig, pack, pretrain, tokenize_corpus
 from tasks.sampling import sample
 from tasks.stage import StageConfig, StageError
@@ -68,7 +69,7 @@ def test_frequent_checkpoints_change_nothing(study: dict[str, Path], tmp_path: P
     never = run_stage(insert, INSERT, tmp_path / "never", **inputs)
     assert contents(often) == contents(never)
     kept = sorted((tmp_path / "often" / "checkpoints").iterdir())
-    assert kept and not any(path.name == "training_args.bin" for path in kept[-1].iterdir())
+    assert kept and {path.suffix for path in kept[-1].iterdir()} <= set(PLAIN_SUFFIXES)
 
 
 def test_a_finished_run_is_not_trained_one_step_further(study: dict[str, Path], tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_a_checkpoint_without_its_random_state_is_not_used(study: dict[str, Path
     inputs = {"model": study["base"], "data": study["rows"]}
     whole = run_stage(insert, INSERT, tmp_path / "run", checkpoint_seconds=0, **inputs)
     expected = contents(whole)
-    for path in (tmp_path / "run" / "checkpoints").glob("*/rng_state.pth"):
+    for path in (tmp_path / "run" / "checkpoints").glob("*/rng_state.json"):
         path.unlink()
     assert contents(run_stage(insert, INSERT, tmp_path / "run", **inputs)) == expected
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from artifacts.backend import Backend
 from artifacts.digest import canonical_json, digest_bytes, digest_file
 from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError
-from artifacts.store import check_path
+from artifacts.trees import check_path
 
 
 @dataclass(slots=True)

@@ -10,49 +10,33 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from artifacts.backend import Backend, open_backend
+from artifacts.backend import Backend, Progress, open_backend
+from artifacts.clock import SYSTEM, Clock
 from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError
 from artifacts.record import Record
+from artifacts.trees import File, Tree, check_path, object_key, read_tree
 
-MAX_TREE_BYTES = 64 << 20
 TRANSFERS_AT_ONCE = 4
 RUN_FIELDS: dict[str, type] = {"experiment": str, "complete": bool, "nodes": dict, "config": dict}
 """What every run object holds besides its schema."""
 
 
-@dataclass(frozen=True, slots=True)
-class File:
-    """One file of a tree: relative POSIX path, size in bytes, BLAKE3 digest."""
-
-    path: str
-    size: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """An immutable folder of files, named by the digest of its canonical listing."""
-
-    digest: str
-    files: tuple[File, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files together."""
-        return sum(file.size for file in self.files)
-
-
 class Store:
     """Artifacts and records on one backend."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, clock: Clock = SYSTEM, at_once: int = TRANSFERS_AT_ONCE) -> None:
+        """A store on `backend`. With `at_once=1` it starts no thread of its own, and moves one object after the other."""
         self.backend = backend
+        self.clock = clock
+        self.at_once = at_once
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -90,27 +74,29 @@ class Store:
         Raises:
             StoreError: the folder holds something that is not a plain file, or a name that is not portable.
         """
-        files = tuple(_describe(folder))
-        with ThreadPoolExecutor(TRANSFERS_AT_ONCE) as pool:
-            distinct = {file.digest: folder / file.path for file in files}
-            list(pool.map(self._put_blob, distinct, distinct.values()))
-        listing = canonical_json([[file.path, file.size, file.digest] for file in files])
-        digest = digest_bytes(listing)
-        try:
-            self.backend.put(_key("tree", digest), listing, if_absent=True)
-        except Conflict:
-            pass
-        return Tree(digest, files)
+        tree = self._describe(folder)
+        self._put_tree(tree, folder, None)
+        return tree
+
+    def publish(self, folder: Path, make_record: Callable[[Tree], Record], progress: Progress | None = None) -> Record:
+        """Store `folder` and commit the record of it; return the record that now stands for its key.
+
+        What a writer is about to rely on is announced first, so that a collection under way spares it.
+        """
+        tree = self._describe(folder)
+        with self._announced([object_key("tree", tree.digest), *(object_key("cas", f.digest) for f in tree.files)]):
+            self._put_tree(tree, folder, progress)
+            return self.commit(make_record(tree))
+
+    @contextmanager
+    def _announced(self, keys: list[str]) -> Iterator[None]:
+        """Keep these objects from being collected for the length of the block, whether they are there yet or not."""
+        yield
 
     def tree(self, digest: str) -> Tree:
         """The listing of a stored tree, checked against its digest and for unsafe paths."""
-        try:
-            listing = self.backend.get(_key("tree", digest)).data
-        except NotFound as error:
-            raise Damaged(f"tree {digest[:12]} is missing from {self.backend.url}", tree=digest) from error
-        if len(listing) > MAX_TREE_BYTES or digest_bytes(listing) != digest:
-            raise Damaged(f"tree {digest[:12]} in {self.backend.url} does not match its digest", tree=digest)
-        return Tree(digest, tuple(_parse_listing(listing, digest)))
+        key = object_key("tree", digest)
+        return read_tree(self.backend.get_many([key])[key], digest, self.backend.url)
 
     def materialise(self, digest: str, into: Path) -> Tree:
         """Write the files of a tree under the folder `into`, each verified against its digest.
@@ -126,8 +112,7 @@ class Store:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._get_blob(file, target, digest)
 
-        with ThreadPoolExecutor(TRANSFERS_AT_ONCE) as pool:
-            list(pool.map(one, tree.files))
+        self._each(one, tree.files)
         return tree
 
     def read(self, digest: str, path: str) -> bytes:
@@ -135,7 +120,7 @@ class Store:
         for file in self.tree(digest).files:
             if file.path == path:
                 try:
-                    data = self.backend.get(_key("cas", file.digest)).data
+                    data = self.backend.get(object_key("cas", file.digest)).data
                 except NotFound as error:
                     raise Damaged(f"{path} of tree {digest[:12]} is missing", tree=digest) from error
                 if digest_bytes(data) != file.digest:
@@ -143,16 +128,36 @@ class Store:
                 return data
         raise StoreError(f"tree {digest[:12]} has no file {path!r}")
 
-    def _put_blob(self, digest: str, path: Path) -> None:
-        key = _key("cas", digest)
-        if self.backend.size(key) != path.stat().st_size:
-            self.backend.put_file(key, path)
+    def _describe(self, folder: Path) -> Tree:
+        return Tree.of(_describe(folder))
+
+    def _put_tree(self, tree: Tree, folder: Path, progress: Progress | None) -> None:
+        blobs = {object_key("cas", file.digest): file for file in tree.files}
+        there = self.backend.sizes(blobs)
+        missing = [(key, file) for key, file in blobs.items() if there[key] != file.size]
+
+        def put(item: tuple[str, File]) -> None:
+            self.backend.put_file(item[0], folder / item[1].path, progress=progress)
+
+        self._each(put, missing)
+        try:
+            self.backend.put(object_key("tree", tree.digest), tree.listing, if_absent=True)
+        except Conflict:
+            pass
+
+    def _each(self, one: Callable[[Any], None], items: Sequence[Any]) -> None:
+        if self.at_once == 1 or len(items) < 2:
+            for item in items:
+                one(item)
+            return
+        with ThreadPoolExecutor(self.at_once) as pool:
+            list(pool.map(one, items))
 
     def _get_blob(self, file: File, target: Path, tree: str) -> None:
         temporary = target.with_name(f".{uuid.uuid4().hex}.part")
         try:
             try:
-                found = self.backend.get_file(_key("cas", file.digest), temporary)
+                found = self.backend.get_file(object_key("cas", file.digest), temporary)
             except NotFound as error:
                 raise Damaged(
                     f"{file.path} of tree {tree[:12]} is missing from {self.backend.url}", tree=tree
@@ -233,7 +238,7 @@ class Store:
         try:
             tree = self.tree(digest)
         except Damaged:
-            self.backend.delete(_key("tree", digest))
+            self.backend.delete(object_key("tree", digest))
             return
         with tempfile.TemporaryDirectory() as folder:
             for file in tree.files:
@@ -242,7 +247,7 @@ class Store:
                     self._get_blob(file, copy, digest)
                     copy.unlink()
                 except Damaged:
-                    self.backend.delete(_key("cas", file.digest))
+                    self.backend.delete(object_key("cas", file.digest))
 
     def records(self, stage: str) -> Iterator[Record]:
         """All readable records of a stage, newest first. For explaining misses and listing; never on the hit path."""
@@ -306,12 +311,6 @@ def new_record(**fields: object) -> Record:
     return replace(Record(commit="", **fields), commit=uuid.uuid4().hex)  # type: ignore[arg-type]
 
 
-def _key(kind: str, digest: str) -> str:
-    if not is_digest(digest):
-        raise StoreError(f"{digest!r} is not a digest: expected 64 hexadecimal digits")
-    return f"v1/{kind}/{digest[:2]}/{digest}"
-
-
 def _record_key(stage: str, key: str) -> str:
     if not is_digest(key):
         raise StoreError(f"{key!r} is not a key: expected 64 hexadecimal digits")
@@ -328,30 +327,11 @@ def _describe(folder: Path) -> Iterator[File]:
             yield File(relative, path.stat().st_size, digest_file(path))
 
 
-def check_path(path: str) -> None:
-    """Refuse a tree path that is not plainly inside the tree.
-
-    Raises:
-        StoreError: absolute, empty, with `.` or `..` parts, backslashes, control characters or over 1,024 characters.
-    """
-    parts = PurePosixPath(path).parts
-    plain = path == "/".join(parts) and not path.startswith("/") and ".." not in parts and 0 < len(path) <= 1024
-    if not plain or "\\" in path or ":" in parts[0] or any(ord(character) < 32 for character in path):
-        raise StoreError(
-            f"tree path {path!r} is not safe: expected a relative path without '..', backslash or control character"
-        )
-
-
-def _parse_listing(listing: bytes, digest: str) -> Iterator[File]:
-    try:
-        rows = json.loads(listing)
-        files = [File(str(path), int(size), str(blob)) for path, size, blob in rows]
-        for file in files:
-            check_path(file.path)
-            if not is_digest(file.digest) or file.size < 0:
-                raise ValueError(f"{file.path}: bad size or digest")
-        if len({file.path for file in files}) != len(files):
-            raise ValueError("a path occurs twice")
-    except (ValueError, TypeError, StoreError, RecursionError) as error:
-        raise Damaged(f"tree {digest[:12]} is not a valid listing: {error}", tree=digest) from error
-    yield from files
+def _describe(folder: Path) -> Iterator[File]:
+    for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
+        relative = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise StoreError(f"output {relative!r} is a link or a special file; only plain files can be stored")
+        if path.is_file():
+            check_path(relative)
+            yield File(relative, path.stat().st_size, digest_file(path))

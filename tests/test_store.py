@@ -12,7 +12,8 @@ from artifacts.backend import open_backend
 from artifacts.digest import canonical_json, digest_bytes, digest_file
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable
 from artifacts.record import payload_key
-from artifacts.store import Store, check_path, new_record
+from artifacts.store import Store, new_record
+from artifacts.trees import check_path
 
 PAYLOAD = {"algorithm": 1, "stage": "toy", "code": "c", "config": {"x": 1}, "inputs": {}}
 

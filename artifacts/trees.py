@@ -1,0 +1,201 @@
+"""Trees: what the files of one stage output are called, how large they are, and which objects of the store hold them.
+
+A tree is a canonical JSON list of (path, size, digest of the whole file), named by its own digest. It says nothing of how
+a file is stored. That is one blob, `v1/cas/<digest>`, or, for a large file of which other files hold parts too, a parts
+list, `v1/parts/<digest>`: the sizes and digests of the blobs whose concatenation the file is. A parts list is not named by
+its own bytes, so it is believed only once the whole file has the digest that the tree names.
+
+Everything read from a store is hostile until checked: sizes, digests and paths are validated here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from artifacts.backend import Object
+from artifacts.digest import canonical_json, digest_bytes, is_digest
+from artifacts.errors import Damaged, StoreError
+
+if TYPE_CHECKING:
+    from artifacts.store import Store
+
+MAX_TREE_BYTES = 64 << 20
+MAX_PARTS_BYTES = 16 << 20
+SMALLEST_IN_PARTS = 1 << 20
+"""No file of fewer bytes is ever stored in parts, so that nobody has to ask. Part of the store's format."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of a tree: relative POSIX path, size in bytes, BLAKE3 digest."""
+
+    path: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """An immutable folder of files, named by the digest of its canonical listing."""
+
+    digest: str
+    files: tuple[File, ...]
+
+    @classmethod
+    def of(cls, files: Iterable[File]) -> Tree:
+        """The tree of these files, which are in the order of their paths."""
+        files = tuple(files)
+        return cls(digest_bytes(_listing(files)), files)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def listing(self) -> bytes:
+        """The bytes of the tree's object."""
+        return _listing(self.files)
+
+
+def object_key(kind: str, digest: str) -> str:
+    """Key of the object of a `kind` (`cas`, `tree`, `parts`) that is named by a digest."""
+    if not is_digest(digest):
+        raise StoreError(f"{digest!r} is not a digest: expected 64 hexadecimal digits")
+    return f"v1/{kind}/{digest[:2]}/{digest}"
+
+
+def check_path(path: str) -> None:
+    """Refuse a tree path that is not plainly inside the tree.
+
+    Raises:
+        StoreError: absolute, empty, with `.` or `..` parts, backslashes, control characters or over 1,024 characters.
+    """
+    parts = PurePosixPath(path).parts
+    plain = path == "/".join(parts) and not path.startswith("/") and ".." not in parts and 0 < len(path) <= 1024
+    if not plain or "\\" in path or ":" in parts[0] or any(ord(character) < 32 for character in path):
+        raise StoreError(
+            f"tree path {path!r} is not safe: expected a relative path without '..', backslash or control character"
+        )
+
+
+def read_tree(stored: Object | None, digest: str, url: str) -> Tree:
+    """The tree in a tree object, checked against its digest and for unsafe paths.
+
+    Raises:
+        Damaged: there is none (`stored` is None), or it is not this tree.
+    """
+    if stored is None:
+        raise Damaged(f"tree {digest[:12]} is missing from {url}", tree=digest)
+    if len(stored.data) > MAX_TREE_BYTES or digest_bytes(stored.data) != digest:
+        raise Damaged(f"tree {digest[:12]} in {url} does not match its digest", tree=digest)
+    try:
+        rows = json.loads(stored.data)
+        files = tuple(File(str(path), int(size), str(blob)) for path, size, blob in rows)
+        for file in files:
+            check_path(file.path)
+            if not is_digest(file.digest) or file.size < 0:
+                raise ValueError(f"{file.path}: bad size or digest")
+        if len({file.path for file in files}) != len(files):
+            raise ValueError("a path occurs twice")
+    except (ValueError, TypeError, StoreError, RecursionError) as error:
+        raise Damaged(f"tree {digest[:12]} is not a valid listing: {error}", tree=digest) from error
+    return Tree(digest, files)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of bytes of a file that is a blob of its own: where it starts, its size and its digest."""
+
+    offset: int
+    size: int
+    digest: str
+
+
+def parts_list(parts: Iterable[Part]) -> bytes:
+    """The bytes of the object that says which blobs a file consists of."""
+    return canonical_json({"parts": [[part.size, part.digest] for part in parts]})
+
+
+def read_parts(stored: Object, file: File, tree: str, url: str) -> tuple[Part, ...]:
+    """The parts in a parts list, checked to fill the file without a gap.
+
+    Raises:
+        Damaged: it is not a parts list, or not of a file of this size.
+    """
+    try:
+        if len(stored.data) > MAX_PARTS_BYTES:
+            raise ValueError(f"{len(stored.data)} bytes, expected at most {MAX_PARTS_BYTES}")
+        parts, offset = [], 0
+        for size, digest in json.loads(stored.data)["parts"]:
+            if type(size) is not int or size <= 0 or not is_digest(digest):
+                raise ValueError("bad size or digest")
+            parts.append(Part(offset, size, digest))
+            offset += size
+        if offset != file.size:
+            raise ValueError(f"the parts have {offset} bytes, the file {file.size}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Damaged(f"the parts list of {file.path} in {url} is not valid: {error}", tree=tree) from error
+    return tuple(parts)
+
+
+def object_keys(store: Store, digest: str) -> list[tuple[str, int]]:
+    """(key, bytes) of every object that a stored tree consists of: tree, blobs, parts lists and the blobs of the parts.
+
+    Raises:
+        Damaged: the tree or a parts list cannot be read. Whether the blobs are there is not asked.
+    """
+    [(_, found)] = object_keys_of(store, [digest])
+    if isinstance(found, Damaged):
+        raise found
+    return found
+
+
+def object_keys_of(store: Store, digests: Iterable[str]) -> Iterator[tuple[str, list[tuple[str, int]] | Damaged]]:
+    """`object_keys` of many trees in two rounds of concurrent reads; `Damaged` stands where it would be raised."""
+    url, digests = store.backend.url, list(dict.fromkeys(digests))
+    objects = store.backend.get_many([object_key("tree", digest) for digest in digests])
+    trees: dict[str, Tree | Damaged] = {}
+    for digest in digests:
+        try:
+            trees[digest] = read_tree(objects[object_key("tree", digest)], digest, url)
+        except Damaged as error:
+            trees[digest] = error
+    lists = stored_parts(store, [file for tree in trees.values() if isinstance(tree, Tree) for file in tree.files])
+    for digest, tree in trees.items():
+        if isinstance(tree, Damaged):
+            yield digest, tree
+            continue
+        try:
+            yield digest, list(_objects(tree, lists, url).items())
+        except Damaged as error:
+            yield digest, error
+
+
+def stored_parts(store: Store, files: Iterable[File]) -> dict[str, Object]:
+    """The parts lists, by the digest of the file, of those among `files` that are stored in parts: one round of reads."""
+    large = {file.digest for file in files if file.size >= SMALLEST_IN_PARTS}
+    if not large:
+        return {}
+    found = store.backend.get_many([object_key("parts", digest) for digest in sorted(large)])
+    return {key.rpartition("/")[2]: stored for key, stored in found.items() if stored is not None}
+
+
+def _objects(tree: Tree, lists: dict[str, Object], url: str) -> dict[str, int]:
+    objects = {object_key("tree", tree.digest): len(tree.listing)}
+    for file in tree.files:
+        if (stored := lists.get(file.digest)) is None:
+            objects[object_key("cas", file.digest)] = file.size
+            continue
+        objects[object_key("parts", file.digest)] = len(stored.data)
+        for part in read_parts(stored, file, tree.digest, url):
+            objects[object_key("cas", part.digest)] = part.size
+    return objects
+
+
+def _listing(files: tuple[File, ...]) -> bytes:
+    return canonical_json([[file.path, file.size, file.digest] for file in files])

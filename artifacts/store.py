@@ -12,7 +12,6 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from artifacts.backend import Backend, Progress, open_backend
 from artifacts.clock import SYSTEM, Clock
 from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError
+from artifacts.intent import intent
 from artifacts.record import Record
 from artifacts.trees import File, Tree, check_path, object_key, read_tree
 
@@ -84,14 +84,10 @@ class Store:
         What a writer is about to rely on is announced first, so that a collection under way spares it.
         """
         tree = self._describe(folder)
-        with self._announced([object_key("tree", tree.digest), *(object_key("cas", f.digest) for f in tree.files)]):
+        keys = [object_key("tree", tree.digest), *(object_key("cas", file.digest) for file in tree.files)]
+        with intent(self.backend, keys, self.clock):
             self._put_tree(tree, folder, progress)
             return self.commit(make_record(tree))
-
-    @contextmanager
-    def _announced(self, keys: list[str]) -> Iterator[None]:
-        """Keep these objects from being collected for the length of the block, whether they are there yet or not."""
-        yield
 
     def tree(self, digest: str) -> Tree:
         """The listing of a stored tree, checked against its digest and for unsafe paths."""

@@ -11,9 +11,9 @@ import pytest
 from artifacts.backend import open_backend
 from artifacts.digest import canonical_json, digest_bytes, digest_file
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable
-from artifacts.record import payload_key
+from artifacts.record import Record, payload_key
 from artifacts.store import Store, new_record
-from artifacts.trees import check_path
+from artifacts.trees import Tree, check_path, object_keys
 
 PAYLOAD = {"algorithm": 1, "stage": "toy", "code": "c", "config": {"x": 1}, "inputs": {}}
 
@@ -312,3 +312,19 @@ def test_damaged_record_is_withdrawn(store: Store) -> None:
     assert store.lookup("toy", good.key) is None and store.commit(good) == good
     [kept] = [e.key for e in store.backend.list("v1/trash/") if e.key.endswith(".bytes")]
     assert store.backend.get(kept).data == b"torn"
+
+
+def test_publish_commits_what_it_stored(store: Store, tmp_path: Path) -> None:
+    """Publishing stores the folder, commits the record made for its tree, and leaves no intent behind."""
+    made: list[str] = []
+
+    def make_record(tree: Tree) -> Record:
+        made.append(tree.digest)
+        return record(tree.digest)
+
+    standing = store.publish(folder(tmp_path, a="one"), make_record)
+    assert [standing.output] == made and store.lookup("toy", standing.key) == standing
+    assert store.read(standing.output, "a") == b"one"
+    assert not list(store.backend.list("v1/intent/"))
+    [(_, size), blob] = object_keys(store, standing.output)
+    assert store.backend.size(f"v1/tree/{standing.output[:2]}/{standing.output}") == size and blob[1] == 3

@@ -177,11 +177,24 @@ class Store:
             return None
         return Record.decode(data, stage, key)
 
-    def lookup_many(self, wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Record | None]:
-        """`lookup` for several (stage, key) pairs, in one round of concurrent reads."""
+    def lookup_many(
+        self, wanted: Iterable[tuple[str, str]], damaged: dict[tuple[str, str], Damaged] | None = None
+    ) -> dict[tuple[str, str], Record | None]:
+        """`lookup` for several (stage, key) pairs, in one round of concurrent reads.
+
+        With `damaged`, a record that cannot be decoded is put there instead of being raised, and counts as none.
+        """
         keys = {_record_key(stage, key): (stage, key) for stage, key in wanted}
-        found = self.backend.get_many(keys)
-        return {keys[k]: None if o is None else Record.decode(o.data, *keys[k]) for k, o in found.items()}
+        records: dict[tuple[str, str], Record | None] = {}
+        for name, stored in self.backend.get_many(keys).items():
+            pair = keys[name]
+            try:
+                records[pair] = None if stored is None else Record.decode(stored.data, *pair)
+            except Damaged as error:
+                if damaged is None:
+                    raise
+                records[pair], damaged[pair] = None, error
+        return records
 
     def commit(self, record: Record) -> Record:
         """Publish `record` and return the record that now stands for its key: this one, or that of an earlier winner."""

@@ -26,9 +26,6 @@ Status = Literal["hit", "run", "maybe"]
 UNKNOWN = "?"
 """Stands for the digest of an input that a run has to make first."""
 
-Found = dict[tuple[str, str], Record | Damaged | None]
-"""(stage, key) -> what the store has there."""
-
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -106,26 +103,26 @@ class Planner:
         found: dict[str, Resolution] = {}
         recipes = self._recipes() if self._hints else {}
         hinted = self._hints.load(recipes.values()) if self._hints else {}
-        records = self._lookup([(n.stage.name, hinted[r]) for n in self.graph if (r := recipes.get(n.name)) in hinted])
+        keys = [(n.stage.name, hinted[r]) for n in self.graph if (r := recipes.get(n.name)) in hinted]
+        damaged: dict[tuple[str, str], Damaged] = {}
+        records = self.store.lookup_many(keys, damaged) if keys else {}
         for level in self._levels():
             wanted = [self._unresolved(node, found) for node in level]
-            keyed = [(r.node.stage.name, r.key) for r in wanted if r.key is not None]
-            records.update(self._lookup([pair for pair in keyed if pair not in records]))
+            unread = {(r.node.stage.name, r.key) for r in wanted if r.key is not None} - records.keys()
+            records.update(self.store.lookup_many(unread, damaged) if unread else {})
             for resolution in wanted:
                 if resolution.key is not None:
-                    found_there = records[resolution.node.stage.name, resolution.key]
-                    if isinstance(found_there, Damaged):
-                        resolution.damage = str(found_there)
-                    else:
-                        resolution.record = found_there
+                    pair = (resolution.node.stage.name, resolution.key)
+                    resolution.record = records[pair]
+                    resolution.damage = str(damaged[pair]) if pair in damaged else None
                 if resolution.record is not None:
                     resolution.status = "hit"
                 elif explain:
                     self._explain(resolution)
                 found[resolution.node.name] = resolution
         if self._hints:
-            keys = {recipes[name]: r.key for name, r in found.items() if r.record is not None and r.key is not None}
-            self._hints.remember({recipe: key for recipe, key in keys.items() if hinted.get(recipe) != key})
+            seen = {recipes[name]: r.key for name, r in found.items() if r.record is not None and r.key is not None}
+            self._hints.remember({recipe: key for recipe, key in seen.items() if hinted.get(recipe) != key})
         return {node.name: found[node.name] for node in self.graph}
 
     def _recipes(self) -> dict[str, str]:
@@ -135,19 +132,6 @@ class Planner:
             inputs = {name: recipes[source] for name, source in node.inputs.items()}
             recipes[node.name] = digest_bytes(canonical_json(self.identity(node, inputs)[0]))
         return recipes
-
-    def _lookup(self, wanted: list[tuple[str, str]]) -> Found:
-        """The records, in one round of reads; a record that does not decode stands for itself as `Damaged`."""
-        try:
-            return dict(self.store.lookup_many(wanted)) if wanted else {}
-        except Damaged:
-            found: Found = {}
-            for stage, key in wanted:
-                try:
-                    found[stage, key] = self.store.lookup(stage, key)
-                except Damaged as error:
-                    found[stage, key] = error
-            return found
 
     def _levels(self) -> Iterator[list[Node]]:
         depth: dict[str, int] = {}

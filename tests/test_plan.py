@@ -94,6 +94,21 @@ def test_changed_node_reads_only_what_is_below_it_anew(tmp_path: Path) -> None:
     assert backend.calls["get_many"] == 2 and backend.keys["get_many"] == 1000 - len(below) + 1
 
 
+def test_one_damaged_record_costs_no_more_reads(tmp_path: Path) -> None:
+    """A record that does not decode is a miss that says why; the other 999 are read as before."""
+    graph, backend = layered(), CountingBackend(Store.open(f"memory://{uuid.uuid4().hex}").backend)
+    recorded(graph, Store(backend))
+    hints = Hints(tmp_path / "hints.sqlite")
+    last = f"{LEVELS - 1}/0"
+    key = counted_plan(graph, backend, hints)[last].key
+    backend.put(f"v1/act/join/{key}.json", b"torn")
+    backend.reset()
+    plan = Planner(graph, Store(backend), CodeReader(packages=PACKAGES), hints).plan(explain=False)
+    assert plan[last].damage is not None and plan[last].status == "run"
+    assert sum(r.status == "hit" for r in plan.values()) == 999
+    assert backend.calls == {"get_many": 1}
+
+
 def test_hints_are_for_remote_stores_only(tmp_path: Path, monkeypatch) -> None:
     """A local store needs none; two servers that hold a bucket of the same name share none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

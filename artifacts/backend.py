@@ -18,6 +18,8 @@ from typing import Protocol
 
 from artifacts.errors import Damaged, NotFound, StoreError
 
+MAX_OBJECT_BYTES = 16 << 20
+"""Most bytes that are read into memory at once, so that no store can exhaust it. Blobs are streamed and have no limit."""
 EXPECTED = "a folder, file:///folder, s3://bucket/prefix or memory://name"
 Progress = Callable[[int], None]
 """Called with the number of further bytes that were moved; from any thread."""
@@ -47,11 +49,15 @@ class Backend(Protocol):
     url: str
     """How a person would name this store again. Holds no credentials."""
 
-    def get(self, key: str) -> Object:
-        """Read a small object."""
+    def get(self, key: str, *, limit: int = MAX_OBJECT_BYTES) -> Object:
+        """Read a small object.
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, Object | None]:
-        """Read several small objects at once; None for those not found."""
+        Raises:
+            TooLarge: it has more than `limit` bytes, which were not read.
+        """
+
+    def get_many(self, keys: Iterable[str], *, limit: int = MAX_OBJECT_BYTES) -> dict[str, Object | None]:
+        """Read several small objects at once; None for those not found. Raises as `get` does."""
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write a small object and return its new ETag."""
@@ -100,12 +106,12 @@ def wrong_size(key: str, url: str, expected: int, found: int) -> Damaged:
     return Damaged(f"{key} in the store {url} is {found} bytes long; expected {expected}")
 
 
-def get_each(backend: Backend, keys: Iterable[str]) -> dict[str, Object | None]:
+def get_each(backend: Backend, keys: Iterable[str], limit: int) -> dict[str, Object | None]:
     """`get_many` for a backend on which one read after the other is fast enough."""
     found: dict[str, Object | None] = {}
     for key in keys:
         try:
-            found[key] = backend.get(key)
+            found[key] = backend.get(key, limit=limit)
         except NotFound:
             found[key] = None
     return found

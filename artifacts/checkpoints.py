@@ -7,7 +7,6 @@ committed meanwhile, so that nothing is left here, is told so by its lease befor
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifacts.backend import Backend
-from artifacts.digest import canonical_json, digest_bytes, digest_file
-from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError
+from artifacts.digest import canonical_json, digest_bytes, digest_file, parse_canonical
+from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError, TooLarge
 from artifacts.trees import check_path
 
 
@@ -96,8 +95,10 @@ class StoredCheckpoints:
             stored = self.backend.get(f"{self._root}/LATEST")
         except NotFound:
             return None, [], 0
+        except TooLarge as error:
+            return error.etag, [], 0
         try:
-            body = json.loads(stored.data)
+            body = parse_canonical(stored.data)
             pointers = [{k: p[k] for k in ("name", "step", "digest")} for p in body["checkpoints"]]
             for pointer in pointers:
                 check_path(str(pointer["name"]))
@@ -129,7 +130,7 @@ class StoredCheckpoints:
         manifest = self.backend.get(f"{base}/manifest.json").data
         if digest_bytes(manifest) != pointer["digest"]:
             raise Damaged(f"{base}/manifest.json does not match its digest")
-        body = json.loads(manifest)
+        body = parse_canonical(manifest)
         for relative, _size, digest in body["files"]:
             check_path(relative)
             target = into / relative

@@ -1,7 +1,9 @@
-"""Digests and the canonical JSON that keys are computed over.
+"""Digests and the canonical JSON that keys are computed over, and that everything stored as JSON is written in.
 
 All digests are BLAKE3, 256 bits, lower-case hexadecimal. Canonical JSON has sorted keys, no spaces, UTF-8, and only the
 types that have one stable form on every Python version and host; anything else is refused with the name of the field.
+A value has one form only, and `parse_canonical` takes no other: bytes of a store cannot mean different things to
+different readers (repeated keys, NaN, numbers beyond every range), nor exhaust one by their nesting.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from typing import Any
 from blake3 import blake3
 
 DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+MAX_INTEGER = 2**64
+"""Integers are below this in size, so that every language and database can hold them, if only as unsigned."""
+MAX_DEPTH = 64
+"""Levels of lists and mappings inside each other."""
 
 
 def digest_bytes(data: bytes) -> str:
@@ -39,29 +45,90 @@ def canonical_json(value: Any) -> bytes:
     """Encode `value` in its one canonical form.
 
     Raises:
-        TypeError: a value without one stable form (a set, an object, NaN, a key that is not a string); the message
-            names the field.
+        TypeError: a value without one stable form (a set, an object, NaN, a key that is not a string, half a surrogate
+            pair, an integer beyond 64 bits, more than 64 levels); the message names the field.
     """
-    _check(value, "value")
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    _check(value, "value", 0)
+    try:
+        return _encode(value)
+    except UnicodeEncodeError as error:
+        raise TypeError(f"the text {error.object[:80]!r} is not Unicode and has no canonical JSON form") from error
 
 
-def _check(value: Any, where: str) -> None:
-    if value is None or isinstance(value, (str, bool, int)):
+def parse_canonical(data: bytes) -> Any:
+    """The value whose canonical form is `data`.
+
+    Raises:
+        ValueError: `data` is not JSON, or is not the canonical form of any value.
+    """
+    try:
+        value = _DECODER.decode(data.decode())
+        _limit_depth(value)
+        canonical = _encode(value)
+    except RecursionError as error:
+        raise ValueError(f"more than {MAX_DEPTH} levels of nesting") from error
+    if canonical != data:
+        raise ValueError("not canonical JSON: a key is repeated or out of order, or a number or text has another form")
+    return value
+
+
+def _encode(value: Any) -> bytes:
+    return _ENCODER.encode(value).encode()
+
+
+def _integer(text: str) -> int:
+    if len(text) > 21 or not -MAX_INTEGER < int(text) < MAX_INTEGER:
+        raise ValueError(f"the integer {text[:24]} has more than 64 bits")
+    return int(text)
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_constant=_constant)
+
+
+def _limit_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            item
+            for parent in level
+            if isinstance(parent, (dict, list))
+            for item in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError(f"more than {MAX_DEPTH} levels of nesting")
+
+
+def _check(value: Any, where: str, depth: int) -> None:
+    if value is None or isinstance(value, (str, bool)):
+        return
+    if isinstance(value, int):
+        if not -MAX_INTEGER < value < MAX_INTEGER:
+            raise TypeError(
+                f"{where}: an integer of {value.bit_length()} bits has no canonical JSON form; use at most 64"
+            )
         return
     if isinstance(value, float):
         if not math.isfinite(value):
             raise TypeError(f"{where}: {value} has no canonical JSON form; use a finite number or null")
         return
+    if depth > MAX_DEPTH:
+        raise TypeError(f"{where[:80]}: more than {MAX_DEPTH} levels of nesting have no canonical JSON form")
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"{where}: the key {key!r} is a {type(key).__name__}; keys must be strings")
-            _check(item, f"{where}.{key}")
+            _check(item, f"{where}.{key}", depth + 1)
         return
     if isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            _check(item, f"{where}[{index}]")
+            _check(item, f"{where}[{index}]", depth + 1)
         return
     raise TypeError(
         f"{where}: a {type(value).__name__} has no canonical JSON form; "

@@ -30,5 +30,15 @@ class Damaged(StoreError):
         """(stage, key) of the action record that cannot be read, when it is one: see `Store.withdraw_damaged`."""
 
 
+class TooLarge(Damaged):
+    """A stored object is longer than anything that belongs there, and was not read into memory."""
+
+    def __init__(self, key: str, url: str, limit: int, found: int, etag: str) -> None:
+        super().__init__(f"{key} in the store {url} is {found} bytes long; expected at most {limit}")
+        self.key = key
+        self.etag = etag
+        """For replacing it by compare-and-swap."""
+
+
 class LeaseLost(StoreError):
     """Another worker took the lease over: stop at once, and write no pointer any more."""

@@ -15,7 +15,6 @@ deletions that were already under way. The list is set free, never deleted, beca
 
 from __future__ import annotations
 
-import json
 import random
 import uuid
 from collections.abc import Iterable, Iterator
@@ -24,8 +23,8 @@ from dataclasses import dataclass
 
 from artifacts.backend import Backend
 from artifacts.clock import SYSTEM, Clock
-from artifacts.digest import canonical_json
-from artifacts.errors import Conflict, NotFound, StoreUnavailable
+from artifacts.digest import canonical_json, parse_canonical
+from artifacts.errors import Conflict, NotFound, StoreUnavailable, TooLarge
 from artifacts.lease import is_gone
 
 INTENTS = "v1/intent/"
@@ -112,13 +111,15 @@ def read_condemned(backend: Backend) -> Condemned | None:
         stored = backend.get(CONDEMNED)
     except NotFound:
         return None
+    except TooLarge as error:
+        return Condemned(error.etag, "damaged")
     try:
-        body = json.loads(stored.data)
+        body = parse_canonical(stored.data)
         if body["state"] not in ("held", "free") or not isinstance(body["holder"], dict):
             raise ValueError("unknown state or holder")
         keys = frozenset(str(key) for key in body["keys"])
         return Condemned(stored.etag, body["state"], str(body["owner"]), str(body["beat"]), body["holder"], keys)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return Condemned(stored.etag, "damaged")
 
 

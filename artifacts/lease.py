@@ -12,7 +12,6 @@ agree on. It is *advisory*: correctness comes from create-only records, a lease 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import threading
@@ -23,8 +22,8 @@ from pathlib import Path
 
 from artifacts.backend import Backend
 from artifacts.clock import SYSTEM, Clock
-from artifacts.digest import canonical_json
-from artifacts.errors import Conflict, LeaseLost, NotFound
+from artifacts.digest import canonical_json, parse_canonical
+from artifacts.errors import Conflict, LeaseLost, NotFound, TooLarge
 
 TIME_TO_LIVE = 30.0
 """Seconds without a heartbeat after which a lease may be taken over."""
@@ -97,6 +96,8 @@ class Lease:
             stored = self.backend.get(self._path)
         except NotFound:
             return self._write(self.last_fence() + 1, "held", None)
+        except TooLarge as error:
+            return self._write(self.last_fence() + 1, "held", error.etag)
         body = _parse(stored.data)
         if body is None:
             return self._write(self.last_fence() + 1, "held", stored.etag)
@@ -131,6 +132,8 @@ class Lease:
             raise LeaseLost(
                 f"the lease on {self.key[:12]} is gone from the store {self.backend.url}; was the store removed?"
             ) from None
+        except TooLarge:
+            body = None
         if body is None:
             raise LeaseLost(f"the lease on {self.key[:12]} in the store {self.backend.url} was overwritten")
         if body["owner"] != self.owner or body["fence"] != self.fence:
@@ -177,7 +180,7 @@ class Lease:
             # The refusal may answer a retry of our own write whose first reply was lost: the nonce tells.
             try:
                 stored = self.backend.get(self._path)
-            except NotFound:
+            except (NotFound, TooLarge):
                 return False
             body_now = _parse(stored.data)
             if body_now is None or body_now["beat"] != nonce:
@@ -241,7 +244,7 @@ def wait_for(
 def _parse(data: bytes) -> dict[str, object] | None:
     """The fields of a lease; None when the bytes are not one, which protects nobody and may be replaced."""
     try:
-        body = json.loads(data)
+        body = parse_canonical(data)
         if body["state"] not in ("held", "free") or not isinstance(body["holder"], dict):
             raise ValueError("unknown state or holder")
         return {
@@ -252,5 +255,5 @@ def _parse(data: bytes) -> dict[str, object] | None:
             "holder": body["holder"],
             "time_to_live": min(max(float(body["time_to_live"]), 0.0), 3600.0),
         }
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -21,9 +22,9 @@ from typing import BinaryIO
 
 from blake3 import blake3
 
-from artifacts.backend import Entry, Object, Progress, get_each, wrong_size
+from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, get_each, wrong_size
 from artifacts.digest import digest_bytes, digest_file
-from artifacts.errors import Conflict, NotFound, StoreUnavailable
+from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
 
 TEMPORARY = ".tmp"
 CHUNK_BYTES = 1 << 20
@@ -41,13 +42,16 @@ class LocalBackend:
         self.url = str(self.root)
         self._swept = False
 
-    def get(self, key: str) -> Object:
-        with self._errors(key, "read"):
-            data = self._path(key).read_bytes()
+    def get(self, key: str, *, limit: int = MAX_OBJECT_BYTES) -> Object:
+        with self._errors(key, "read"), self._open(key) as source:
+            data = source.read(limit + 1)
+            if len(data) > limit:
+                found = os.fstat(source.fileno()).st_size
+                raise TooLarge(key, self.url, limit, found, digest_file(self._path(key)))
         return Object(data, digest_bytes(data))
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, Object | None]:
-        return get_each(self, keys)
+    def get_many(self, keys: Iterable[str], *, limit: int = MAX_OBJECT_BYTES) -> dict[str, Object | None]:
+        return get_each(self, keys, limit)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self._errors(key, "write"):
@@ -87,7 +91,7 @@ class LocalBackend:
     def get_file(
         self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
     ) -> str:
-        with self._errors(key, "read"), open(self._path(key), "rb") as source:
+        with self._errors(key, "read"), self._open(key) as source:
             length = os.fstat(source.fileno()).st_size
             if size is not None and length != size:
                 raise wrong_size(key, self.url, size, length)
@@ -136,8 +140,10 @@ class LocalBackend:
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix):
                     try:
-                        status = path.stat()
+                        status = path.lstat()
                     except FileNotFoundError:
+                        continue
+                    if not stat.S_ISREG(status.st_mode):
                         continue
                     yield Entry(key, status.st_size, status.st_mtime)
 
@@ -185,7 +191,31 @@ class LocalBackend:
             temporary.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
-        return self.root / key
+        """The file of an object: plainly below the root, with no link on the way.
+
+        Raises:
+            StoreError: the key names something outside the store, or a link lies on the way to it.
+        """
+        parts = key.split("/")
+        if not all(parts) or {".", ".."} & set(parts) or "\0" in key or len(key) > 1024:
+            raise StoreError(f"{key[:200]!r} cannot be the key of an object in the store {self.url}")
+        path = self.root
+        for part in parts:
+            path = path / part
+            if path.is_symlink():
+                raise StoreUnavailable(
+                    f"{path.relative_to(self.root)} in the store {self.url} is a link, and links are not followed: "
+                    "put the real file or folder there, or name another store with --store"
+                )
+        return path
+
+    def _open(self, key: str) -> BinaryIO:
+        """The object's file, open for reading. What is not a plain file is damage; a pipe must not be waited for."""
+        file = open(os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: SIM115
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise Damaged(f"{key} in the store {self.url} is not a plain file")
+        return file
 
     def _temporary(self) -> Path:
         folder = self.root / TEMPORARY

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from artifacts.backend import Entry, Object, Progress, get_each, wrong_size
+from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, get_each, wrong_size
 from artifacts.digest import digest_bytes
-from artifacts.errors import Conflict, NotFound
+from artifacts.errors import Conflict, NotFound, TooLarge
 
 _NAMED: dict[str, MemoryBackend] = {}
 
@@ -29,15 +29,17 @@ class MemoryBackend:
         """The one backend of this name in this process."""
         return _NAMED.setdefault(name, cls(name))
 
-    def get(self, key: str) -> Object:
+    def get(self, key: str, *, limit: int = MAX_OBJECT_BYTES) -> Object:
         with self._lock:
             if key not in self._objects:
                 raise NotFound(key)
             data, etag, _ = self._objects[key]
+            if len(data) > limit:
+                raise TooLarge(key, self.url, limit, len(data), etag)
             return Object(data, etag)
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, Object | None]:
-        return get_each(self, keys)
+    def get_many(self, keys: Iterable[str], *, limit: int = MAX_OBJECT_BYTES) -> dict[str, Object | None]:
+        return get_each(self, keys, limit)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self._lock:

@@ -6,11 +6,11 @@ another key. `output` is the digest of the output tree. Everything else is recor
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from artifacts.digest import canonical_json, digest_bytes, is_digest
+from artifacts.digest import canonical_json, digest_bytes, is_digest, parse_canonical
 from artifacts.errors import Damaged
 
 ALGORITHM = 1
@@ -59,19 +59,52 @@ class Record:
         if len(data) > MAX_RECORD_BYTES:
             raise Damaged(f"{where}: {len(data)} bytes, expected at most {MAX_RECORD_BYTES}", record=this)
         try:
-            fields = json.loads(data)
+            fields = parse_canonical(data)
             if fields.pop("schema") != 1:
                 raise ValueError("unknown schema")
             record = Record(**fields)
+            record._check()
             own_key = payload_key(record.payload)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise Damaged(f"{where}: not a record ({type(error).__name__}: {error})", record=this) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error)[:300]
+            raise Damaged(f"{where}: not a record ({type(error).__name__}: {reason})", record=this) from error
         if record.key != key or own_key != key or record.stage != stage or record.payload.get("stage") != stage:
-            found = f"{record.stage}/{own_key[:12]}"
+            found = f"{record.stage[:64]!r}/{own_key[:12]}"
             raise Damaged(f"{where}: holds the record of {found}, expected {stage}/{key[:12]}", record=this)
-        if not is_digest(record.output) or not isinstance(record.size, int):
-            raise Damaged(f"{where}: output {record.output!r} is not a digest", record=this)
         return record
+
+    def _check(self) -> None:
+        """Raise ValueError where a field is not what its annotation says: what is shown to people must be showable."""
+        for name, (kinds, accepts) in _FIELDS.items():
+            value = getattr(self, name)
+            if type(value) not in kinds or not accepts(value):
+                raise ValueError(f"{name} is {str(value)[:80]!r}")
+
+
+def _is_text(value: str) -> bool:
+    return len(value) <= 1024 and value.isprintable()
+
+
+def _is_environment(value: dict[str, Any]) -> bool:
+    versions = value.get("versions", {})
+    texts = [text for name, text in value.items() if name != "versions" and isinstance(text, str)]
+    return isinstance(versions, dict) and all(isinstance(v, str) and _is_text(v) for v in [*versions.values(), *texts])
+
+
+_FIELDS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {
+    "stage": ((str,), _is_text),
+    "key": ((str,), is_digest),
+    "payload": ((dict,), lambda payload: all(isinstance(payload.get(name), dict) for name in ("config", "inputs"))),
+    "output": ((str,), is_digest),
+    "size": ((int,), lambda size: 0 <= size < 2**53),
+    "commit": ((str,), _is_text),
+    "node": ((str,), _is_text),
+    "fence": ((int,), lambda fence: 0 <= fence < 2**53),
+    "symbols": ((dict,), lambda symbols: all(isinstance(digest, str) for digest in symbols.values())),
+    "environment": ((dict,), _is_environment),
+    "seconds": ((int, float), lambda seconds: 0 <= seconds < 1e10),
+    "finished": ((int, float), lambda finished: 0 <= finished < 1e11),
+}
 
 
 def payload_key(payload: dict[str, Any]) -> str:

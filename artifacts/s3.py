@@ -22,8 +22,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from artifacts.backend import Entry, Object, Progress, wrong_size
-from artifacts.errors import Conflict, NotFound, StoreError, StoreUnavailable
+from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, wrong_size
+from artifacts.errors import Conflict, NotFound, StoreError, StoreUnavailable, TooLarge
 
 PART_BYTES = 16 << 20
 """Size of one part of a large transfer; four at a time keep the memory near 64 MiB."""
@@ -54,13 +54,13 @@ class S3Backend:
             },
         )
 
-    def get(self, key: str) -> Object:
-        return self._run(self._get(key), key, "read")
+    def get(self, key: str, *, limit: int = MAX_OBJECT_BYTES) -> Object:
+        return self._run(self._get(key, limit), key, "read")
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, Object | None]:
+    def get_many(self, keys: Iterable[str], *, limit: int = MAX_OBJECT_BYTES) -> dict[str, Object | None]:
         async def one(key: str) -> Object | None:
             try:
-                return await self._get(key)
+                return await self._get(key, limit)
             except FileNotFoundError:
                 return None
 
@@ -227,9 +227,12 @@ class S3Backend:
     async def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
         return await self._fs._call_s3(method, Bucket=self.bucket, **arguments)
 
-    async def _get(self, key: str) -> Object:
+    async def _get(self, key: str, limit: int) -> Object:
         reply = await self._call("get_object", Key=self._prefix + key)
         async with reply["Body"] as body:
+            if (found := int(reply["ContentLength"])) > limit:
+                body.close()
+                raise TooLarge(key, self.url, limit, found, str(reply["ETag"]))
             return Object(await body.read(), str(reply["ETag"]))
 
     def _run(self, call: Any, key: str, verb: str) -> Any:

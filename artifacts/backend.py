@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from artifacts.errors import Damaged, NotFound, StoreError
+from artifacts.errors import Damaged, NotFound, StoreError, TooLarge
 
 MAX_OBJECT_BYTES = 16 << 20
 """Most bytes that are read into memory at once, so that no store can exhaust it. Blobs are streamed and have no limit."""
@@ -57,7 +57,10 @@ class Backend(Protocol):
         """
 
     def get_many(self, keys: Iterable[str], *, limit: int = MAX_OBJECT_BYTES) -> dict[str, Object | None]:
-        """Read several small objects at once; None for those not found. Raises as `get` does."""
+        """Read several small objects at once; None for those not found.
+
+        One of more than `limit` bytes comes without its bytes, which no reader takes for a valid object.
+        """
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write a small object and return its new ETag."""
@@ -114,6 +117,8 @@ def get_each(backend: Backend, keys: Iterable[str], limit: int) -> dict[str, Obj
             found[key] = backend.get(key, limit=limit)
         except NotFound:
             found[key] = None
+        except TooLarge as error:
+            found[key] = Object(b"", error.etag)
     return found
 
 

@@ -7,6 +7,7 @@ committed meanwhile, so that nothing is left here, is told so by its lease befor
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -14,9 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifacts.backend import Backend
-from artifacts.digest import canonical_json, digest_bytes, digest_file, parse_canonical
+from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest, parse_canonical
 from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError, TooLarge
-from artifacts.trees import check_path
+from artifacts.trees import File, check_files
+
+NAME = re.compile(r"[0-9]{9,}-[0-9a-f]{12}")
+KEPT = 2
+"""Checkpoints that LATEST names."""
 
 
 @dataclass(slots=True)
@@ -56,8 +61,8 @@ class StoredCheckpoints:
         self.confirm()
         name = f"{step:09d}-{uuid.uuid4().hex[:12]}"
         rows = []
-        for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-            relative = path.relative_to(directory).as_posix()
+        files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+        for relative, path in sorted(files.items()):
             self.backend.put_file(f"{self._root}/{name}/files/{relative}", path)
             rows.append([relative, path.stat().st_size, digest_file(path)])
         manifest = canonical_json({"step": step, "seconds": self.seconds, "files": rows})
@@ -100,10 +105,10 @@ class StoredCheckpoints:
         try:
             body = parse_canonical(stored.data)
             pointers = [{k: p[k] for k in ("name", "step", "digest")} for p in body["checkpoints"]]
-            for pointer in pointers:
-                check_path(str(pointer["name"]))
-            return stored.etag, pointers, int(body["fence"])
-        except (ValueError, TypeError, KeyError, StoreError):
+            if not all(NAME.fullmatch(p["name"]) and is_digest(p["digest"]) for p in pointers[:KEPT]):
+                raise ValueError("a name or digest is malformed")
+            return stored.etag, pointers[:KEPT], max(int(body["fence"]), 0)
+        except (ValueError, TypeError, KeyError):
             return stored.etag, [], 0
 
     def _advance(self, newest: dict[str, object] | None) -> list[str]:
@@ -114,7 +119,7 @@ class StoredCheckpoints:
                 return []
             if fence > self.fence:
                 raise LeaseLost(f"a later worker (fence {fence}) writes the checkpoints of {self.key[:12]} now")
-            kept = pointers if newest is None else [newest, *pointers[:1]]
+            kept = pointers if newest is None else [newest, *pointers[: KEPT - 1]]
             body = canonical_json({"fence": self.fence, "checkpoints": kept})
             try:
                 if etag is None:
@@ -130,16 +135,37 @@ class StoredCheckpoints:
         manifest = self.backend.get(f"{base}/manifest.json").data
         if digest_bytes(manifest) != pointer["digest"]:
             raise Damaged(f"{base}/manifest.json does not match its digest")
-        body = parse_canonical(manifest)
-        for relative, _size, digest in body["files"]:
-            check_path(relative)
-            target = into / relative
+        step, seconds, files = read_manifest(manifest)
+        sizes = self.backend.sizes([f"{base}/files/{file.path}" for file in files])
+        for file in files:
+            key, target = f"{base}/files/{file.path}", into / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            if self.backend.get_file(f"{base}/files/{relative}", target) != digest:
-                raise Damaged(f"{base}/files/{relative} does not match its digest")
-        self.seconds = float(body["seconds"])
-        return int(body["step"])
+            if sizes[key] != file.size or self.backend.get_file(key, target) != file.digest:
+                raise Damaged(f"{key} does not match its digest")
+        self.seconds = seconds
+        return step
 
     def _delete(self, name: str) -> None:
         for entry in list(self.backend.list(f"{self._root}/{name}/" if name else f"{self._root}/")):
             self.backend.delete(entry.key)
+
+
+def read_manifest(data: bytes) -> tuple[int, float, tuple[File, ...]]:
+    """(step, seconds of running so far, files) of a checkpoint's manifest.
+
+    Raises:
+        Damaged: the bytes are not a manifest.
+    """
+    try:
+        body = parse_canonical(data)
+        step, seconds = body["step"], body["seconds"]
+        if (
+            type(step) is not int
+            or not 0 <= step < 2**53
+            or type(seconds) not in (int, float)
+            or not 0 <= seconds < 1e10
+        ):
+            raise ValueError("bad step or seconds")
+        return step, float(seconds), check_files(body["files"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"a checkpoint's manifest is not valid: {str(error)[:300]}") from error

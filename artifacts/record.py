@@ -6,6 +6,7 @@ another key. `output` is the digest of the output tree. Everything else is recor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from artifacts.errors import Damaged
 ALGORITHM = 1
 """Number of the key algorithm; part of every key."""
 MAX_RECORD_BYTES = 4 << 20
+STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,11 @@ class Record:
                 raise ValueError(f"{name} is {str(value)[:80]!r}")
 
 
+def is_stage(text: object) -> bool:
+    """True when `text` is a well-formed name of a stage: it is part of the paths of the stage's records."""
+    return isinstance(text, str) and STAGE.fullmatch(text) is not None
+
+
 def _is_text(value: str) -> bool:
     return len(value) <= 1024 and value.isprintable()
 
@@ -92,7 +99,7 @@ def _is_environment(value: dict[str, Any]) -> bool:
 
 
 _FIELDS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {
-    "stage": ((str,), _is_text),
+    "stage": ((str,), is_stage),
     "key": ((str,), is_digest),
     "payload": ((dict,), lambda payload: all(isinstance(payload.get(name), dict) for name in ("config", "inputs"))),
     "output": ((str,), is_digest),

@@ -63,6 +63,8 @@ class S3Backend:
                 return await self._get(key, limit)
             except FileNotFoundError:
                 return None
+            except TooLarge as error:
+                return Object(b"", error.etag)
 
         return self._gather(one, keys, "read")
 

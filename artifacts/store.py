@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from artifacts.backend import Backend, Progress, open_backend
+from artifacts.backend import MAX_OBJECT_BYTES, Backend, Object, Progress, open_backend
 from artifacts.clock import SYSTEM, Clock
-from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest
-from artifacts.errors import Conflict, Damaged, NotFound, StoreError
+from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest, parse_canonical
+from artifacts.errors import Conflict, Damaged, NotFound, StoreError, TooLarge
 from artifacts.intent import intent
-from artifacts.record import Record
-from artifacts.trees import File, Tree, check_path, object_key, read_tree
+from artifacts.record import MAX_RECORD_BYTES, Record, is_stage
+from artifacts.trees import File, Tree, check_path, check_together, object_key, read_tree
 
 TRANSFERS_AT_ONCE = 4
 RUN_FIELDS: dict[str, type] = {"experiment": str, "complete": bool, "nodes": dict, "config": dict}
@@ -125,7 +125,14 @@ class Store:
         raise StoreError(f"tree {digest[:12]} has no file {path!r}")
 
     def _describe(self, folder: Path) -> Tree:
-        return Tree.of(_describe(folder))
+        tree = Tree.of(_describe(folder))
+        try:
+            check_together([file.path for file in tree.files])
+            if len(tree.listing) > MAX_OBJECT_BYTES:
+                raise ValueError(f"a listing of {len(tree.listing)} bytes; expected at most {MAX_OBJECT_BYTES}")
+        except ValueError as error:
+            raise StoreError(f"the output {folder} cannot be stored: {error}") from error
+        return tree
 
     def _put_tree(self, tree: Tree, folder: Path, progress: Progress | None) -> None:
         blobs = {object_key("cas", file.digest): file for file in tree.files}
@@ -172,9 +179,11 @@ class Store:
     def lookup(self, stage: str, key: str) -> Record | None:
         """The record of (`stage`, `key`), or None if there is none. Any failure other than "not found" is raised."""
         try:
-            data = self.backend.get(_record_key(stage, key)).data
+            data = self.backend.get(_record_key(stage, key), limit=MAX_RECORD_BYTES).data
         except NotFound:
             return None
+        except TooLarge as error:
+            raise Damaged(str(error), record=(stage, key)) from error
         return Record.decode(data, stage, key)
 
     def lookup_many(
@@ -186,7 +195,7 @@ class Store:
         """
         keys = {_record_key(stage, key): (stage, key) for stage, key in wanted}
         records: dict[tuple[str, str], Record | None] = {}
-        for name, stored in self.backend.get_many(keys).items():
+        for name, stored in self.backend.get_many(keys, limit=MAX_RECORD_BYTES).items():
             pair = keys[name]
             try:
                 records[pair] = None if stored is None else Record.decode(stored.data, *pair)
@@ -225,11 +234,14 @@ class Store:
         """
         name = _record_key(stage, key)
         try:
-            stored = self.backend.get(name)
+            stored = self.backend.get(name, limit=MAX_RECORD_BYTES)
             Record.decode(stored.data, stage, key)
             return False
         except NotFound:
             return False
+        except TooLarge as error:
+            # Nothing of use is lost with it, and it may be larger than what is left of the disk.
+            stored, reason = Object(b"", error.etag), f"{reason} ({error}; its bytes were not kept)"
         except Damaged:
             pass
         trash = f"v1/trash/{stage}-{key}-{uuid.uuid4().hex}"
@@ -262,7 +274,7 @@ class Store:
         """All readable records of a stage, newest first. For explaining misses and listing; never on the hit path."""
         entries = sorted(self.backend.list(f"v1/act/{stage}/"), key=lambda entry: -entry.modified)
         keys = [entry.key.rpartition("/")[2].removesuffix(".json") for entry in entries]
-        found = self.backend.get_many([_record_key(stage, key) for key in keys])
+        found = self.backend.get_many([_record_key(stage, key) for key in keys], limit=MAX_RECORD_BYTES)
         for key in keys:
             stored = found[_record_key(stage, key)]
             if stored is None:
@@ -295,23 +307,27 @@ class Store:
                 content = _parse_run(self.backend.get(entry.key).data)
             except NotFound:
                 continue
-            except ValueError:
+            except (ValueError, TooLarge):
                 if skipped is not None:
-                    skipped.append(name)
+                    skipped.append(name if name.isprintable() else ascii(name))
                 continue
             yield name, entry.modified, content
 
 
 def _parse_run(data: bytes) -> dict[str, object]:
-    try:
-        content = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    content = parse_canonical(data)
     if not isinstance(content, dict) or content.get("schema") != 1:
         raise ValueError("not a run")
     for name, kind in RUN_FIELDS.items():
         if not isinstance(content.get(name), kind):
             raise ValueError(f"{name} is missing or not a {kind.__name__}")
+    for name, node in content["nodes"].items():
+        if not (name.isprintable() and isinstance(node, dict) and is_stage(node.get("stage"))):
+            raise ValueError(f"node {name[:80]!r} is not printable or names no stage")
+        if not (is_digest(node.get("key")) and is_digest(node.get("output"))):
+            raise ValueError(f"node {name[:80]!r}: key or output is not a digest")
+    if not content["experiment"].isprintable():
+        raise ValueError("the experiment's name is not printable")
     return content
 
 
@@ -321,19 +337,11 @@ def new_record(**fields: object) -> Record:
 
 
 def _record_key(stage: str, key: str) -> str:
+    if not is_stage(stage):
+        raise StoreError(f"{str(stage)[:100]!r} is not the name of a stage: expected letters, digits, '_', '.' and '-'")
     if not is_digest(key):
-        raise StoreError(f"{key!r} is not a key: expected 64 hexadecimal digits")
+        raise StoreError(f"{str(key)[:100]!r} is not a key: expected 64 hexadecimal digits")
     return f"v1/act/{stage}/{key}.json"
-
-
-def _describe(folder: Path) -> Iterator[File]:
-    for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
-        relative = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise StoreError(f"output {relative!r} is a link or a special file; only plain files can be stored")
-        if path.is_file():
-            check_path(relative)
-            yield File(relative, path.stat().st_size, digest_file(path))
 
 
 def _describe(folder: Path) -> Iterator[File]:

@@ -10,21 +10,20 @@ Everything read from a store is hostile until checked: sizes, digests and paths 
 
 from __future__ import annotations
 
-import json
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from artifacts.backend import Object
-from artifacts.digest import canonical_json, digest_bytes, is_digest
+from artifacts.digest import canonical_json, digest_bytes, is_digest, parse_canonical
 from artifacts.errors import Damaged, StoreError
 
 if TYPE_CHECKING:
     from artifacts.store import Store
 
-MAX_TREE_BYTES = 64 << 20
 MAX_PARTS_BYTES = 16 << 20
+MAX_FILE_BYTES = 1 << 50
 SMALLEST_IN_PARTS = 1 << 20
 """No file of fewer bytes is ever stored in parts, so that nobody has to ask. Part of the store's format."""
 
@@ -73,14 +72,67 @@ def check_path(path: str) -> None:
     """Refuse a tree path that is not plainly inside the tree.
 
     Raises:
-        StoreError: absolute, empty, with `.` or `..` parts, backslashes, control characters or over 1,024 characters.
+        StoreError: absolute, empty, with `.` or `..` parts, backslashes, what cannot be printed, letters that Unicode
+            writes in two ways, a part of over 255 bytes, or over 1,024 bytes in all.
     """
-    parts = PurePosixPath(path).parts
-    plain = path == "/".join(parts) and not path.startswith("/") and ".." not in parts and 0 < len(path) <= 1024
-    if not plain or "\\" in path or ":" in parts[0] or any(ord(character) < 32 for character in path):
+    parts = path.split("/") if isinstance(path, str) else [""]
+    plain = all(parts) and not {".", ".."} & set(parts) and "\\" not in path and ":" not in parts[0]
+    if not plain or not path.isprintable() or not unicodedata.is_normalized("NFC", path) or not _fits(parts):
         raise StoreError(
-            f"tree path {path!r} is not safe: expected a relative path without '..', backslash or control character"
+            f"tree path {ascii(path)[:200]} is not safe: expected a relative path of printable characters (in Unicode "
+            "form NFC) without '..' or backslash, with parts of at most 255 and in all at most 1,024 bytes"
         )
+
+
+def _fits(parts: list[str]) -> bool:
+    sizes = [len(part.encode()) for part in parts]
+    return max(sizes) <= 255 and sum(sizes) + len(sizes) <= 1025
+
+
+def check_files(rows: object) -> tuple[File, ...]:
+    """The files in the rows [path, size, digest] of a stored list.
+
+    Raises:
+        ValueError: a row is malformed, a path unsafe, the order another than that of the paths, or the files could not
+            lie beside each other in a folder of every file system.
+    """
+    if not isinstance(rows, list):
+        raise ValueError("not a list")
+    files, before = [], ""
+    for path, size, digest in rows:
+        try:
+            check_path(path)
+        except StoreError as error:
+            raise ValueError(str(error)) from error
+        if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES or not is_digest(digest):
+            raise ValueError(f"{path!r}: bad size or digest")
+        if path <= before:
+            raise ValueError(f"{path!r} occurs twice or is out of order")
+        before = path
+        files.append(File(path, size, digest))
+    check_together([file.path for file in files])
+    return tuple(files)
+
+
+def check_together(paths: list[str]) -> None:
+    """Refuse paths of which one overwrites another where letters have no case, or that are file and folder at once.
+
+    Raises:
+        ValueError: names the two.
+    """
+    spelled: dict[str, str] = {}
+    folders: dict[str, str] = {}
+    for path in paths:
+        parts = path.split("/")
+        for number in range(1, len(parts)):
+            folder = "/".join(parts[:number])
+            if folders.setdefault(folder.casefold(), folder) != folder:
+                raise ValueError(f"{folder!r} and {folders[folder.casefold()]!r} differ in upper and lower case only")
+        if path.casefold() in spelled:
+            raise ValueError(f"{path!r} and {spelled[path.casefold()]!r} differ in upper and lower case only")
+        spelled[path.casefold()] = path
+    for path in spelled.keys() & folders.keys():
+        raise ValueError(f"{spelled[path]!r} is both a file and a folder")
 
 
 def read_tree(stored: Object | None, digest: str, url: str) -> Tree:
@@ -91,18 +143,11 @@ def read_tree(stored: Object | None, digest: str, url: str) -> Tree:
     """
     if stored is None:
         raise Damaged(f"tree {digest[:12]} is missing from {url}", tree=digest)
-    if len(stored.data) > MAX_TREE_BYTES or digest_bytes(stored.data) != digest:
+    if digest_bytes(stored.data) != digest:
         raise Damaged(f"tree {digest[:12]} in {url} does not match its digest", tree=digest)
     try:
-        rows = json.loads(stored.data)
-        files = tuple(File(str(path), int(size), str(blob)) for path, size, blob in rows)
-        for file in files:
-            check_path(file.path)
-            if not is_digest(file.digest) or file.size < 0:
-                raise ValueError(f"{file.path}: bad size or digest")
-        if len({file.path for file in files}) != len(files):
-            raise ValueError("a path occurs twice")
-    except (ValueError, TypeError, StoreError, RecursionError) as error:
+        files = check_files(parse_canonical(stored.data))
+    except (ValueError, TypeError) as error:
         raise Damaged(f"tree {digest[:12]} is not a valid listing: {error}", tree=digest) from error
     return Tree(digest, files)
 
@@ -131,14 +176,17 @@ def read_parts(stored: Object, file: File, tree: str, url: str) -> tuple[Part, .
         if len(stored.data) > MAX_PARTS_BYTES:
             raise ValueError(f"{len(stored.data)} bytes, expected at most {MAX_PARTS_BYTES}")
         parts, offset = [], 0
-        for size, digest in json.loads(stored.data)["parts"]:
-            if type(size) is not int or size <= 0 or not is_digest(digest):
+        body = parse_canonical(stored.data)
+        if body.keys() != {"parts"}:
+            raise ValueError("expected the one field 'parts'")
+        for size, digest in body["parts"]:
+            if type(size) is not int or not 0 < size <= MAX_FILE_BYTES or not is_digest(digest):
                 raise ValueError("bad size or digest")
             parts.append(Part(offset, size, digest))
             offset += size
         if offset != file.size:
             raise ValueError(f"the parts have {offset} bytes, the file {file.size}")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise Damaged(f"the parts list of {file.path} in {url} is not valid: {error}", tree=tree) from error
     return tuple(parts)
 

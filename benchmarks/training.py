@@ -82,7 +82,7 @@ def bare_loop(directory: Path, batches: list[dict[str, Any]], learning_rate: flo
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     started = 0.0
     for number, batch in enumerate(batches):

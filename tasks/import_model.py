@@ -7,14 +7,13 @@ model is identified by its id and revision. Name a commit as revision: a branch 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from artifacts.digest import canonical_json, digest_bytes, digest_file
-from tasks.models import save_model
+from tasks.models import check_plain, save_model
 from tasks.stage import StageConfig, StageContext, StageError, stage
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
@@ -61,10 +60,7 @@ def check_model_directory(directory: Path) -> None:
             f"{directory}: not a complete model directory, it lacks {'; '.join(missing)}. "
             "Save the model with save_pretrained, and its tokenizer beside it."
         )
-    try:
-        json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StageError(f"{directory / 'config.json'}: expected JSON, found {error}. Save the model again.") from error
+    check_plain(directory)
 
 
 def directory_digest(directory: Path) -> str:

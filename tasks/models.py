@@ -42,7 +42,8 @@ def load_model(directory: Path, device: str = "cpu") -> tuple[Any, Any]:
         raise StageError(
             f"{directory}: expected a model directory with config.json, found none. Check the stage's input."
         )
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
+    check_plain(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **SAFE)
     return model.to(device), load_tokenizer(directory)
 
 
@@ -50,11 +51,43 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model artifact or of a tokenizer artifact; padding on the left, as generation needs."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    check_plain(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     tokenizer.padding_side = "left"
     if tokenizer.chat_template is None:
         raise StageError(f"{directory}: the tokenizer has no chat template. Set chat_template in the stage's config.")
     return tokenizer
+
+
+SAFE: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+"""How weights are loaded from a directory: no pickle, no network, no code of the model's own."""
+
+
+def check_plain(directory: Path) -> None:
+    """Refuse a model directory that wants code of its own to be run, or is only an adapter to a model elsewhere.
+
+    Raises:
+        StageError: names the file and what to do.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            content = json.loads((directory / name).read_bytes())
+        except FileNotFoundError:
+            continue
+        except (ValueError, RecursionError) as error:
+            raise StageError(f"{directory / name}: expected JSON, found {error}. Save the model again.") from error
+        if not isinstance(content, dict):
+            raise StageError(f"{directory / name}: expected a JSON object, found a {type(content).__name__}.")
+        if content.get("auto_map"):
+            raise StageError(
+                f"{directory / name}: auto_map asks for code that came with the model ({content['auto_map']!r}), and such "
+                "code is never run. Remove auto_map if transformers has a class of its own for this model."
+            )
+    if (directory / "adapter_config.json").is_file():
+        raise StageError(
+            f"{directory}: adapter_config.json makes this an adapter to a model that lies elsewhere. "
+            "Merge it into its base (merge_and_unload), and save the result with save_pretrained."
+        )
 
 
 def lora_config(settings: LoraSettings, task_type: str = "CAUSAL_LM") -> Any:

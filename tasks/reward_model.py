@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from tasks.chat import render_exchange
-from tasks.models import apply_lora, load_tokenizer, save_model, write_json
+from tasks.models import SAFE, apply_lora, load_tokenizer, save_model, write_json
 from tasks.preferences import as_messages, read_preferences
 from tasks.stage import StageContext, StageError, stage
 from tasks.trainer import TrainingConfig, curve, run_trainer, trainer_arguments
@@ -77,7 +77,7 @@ def new_scorer(directory: Path, seed: int, device: str) -> tuple[Any, Any]:
 
     tokenizer = load_tokenizer(directory)
     set_seed(seed)
-    scorer = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
+    scorer = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32, **SAFE)
     scorer.config.pad_token_id = tokenizer.pad_token_id
     return scorer.to(device), tokenizer
 
@@ -134,7 +134,8 @@ def load_reward_model(directory: Path, device: str) -> tuple[Any, Any, float, fl
     metrics = directory / "metrics.json"
     if not metrics.is_file():
         raise StageError(f"{directory}: expected a reward model with metrics.json, found none. Check the reward input.")
-    recorded = json.loads(metrics.read_text(encoding="utf-8"))
-    scorer = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).to(device).eval()
     tokenizer = load_tokenizer(directory)
+    recorded = json.loads(metrics.read_text(encoding="utf-8"))
+    scorer = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, **SAFE)
+    scorer = scorer.to(device).eval()
     return scorer, tokenizer, float(recorded["score_mean"]), max(float(recorded["score_deviation"]), 1e-6)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from artifacts.backend import Backend
+from artifacts.backend import Backend, Entry
 from artifacts.clock import SYSTEM, Clock
 from artifacts.digest import canonical_json, parse_canonical
 from artifacts.errors import Conflict, LeaseLost, NotFound, TooLarge
@@ -108,6 +108,27 @@ class Lease:
             if now - self._seen[1] < float(str(body["time_to_live"])):
                 return False
         return self._write(int(str(body["fence"])) + 1, "held", stored.etag)
+
+    def take_over(self, is_old: Callable[[Entry], bool]) -> bool:
+        """Take the lease at once if its last change `is_old` by the store's clock; say whether it is now held.
+
+        For collections: what has not beaten for days need not be watched for a time to live.
+        """
+        try:
+            stored = self.backend.get(self._path)
+        except NotFound:
+            return self._write(self.last_fence() + 1, "held", None)
+        body = _parse(stored.data)
+        fence = self.last_fence() if body is None else int(str(body["fence"]))
+        # Listed after it was read: what is old now has not changed since, or the write is refused.
+        entries = list(self.backend.list(self._path))
+        return all(is_old(entry) for entry in entries) and self._write(fence + 1, "held", stored.etag)
+
+    def remove(self) -> None:
+        """Delete the lease while it is held: whoever waits for it makes a new one."""
+        if self.held:
+            self.backend.delete(self._path)
+            self._etag = None
 
     def renew(self) -> None:
         """Prove that the holder is alive.

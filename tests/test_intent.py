@@ -7,28 +7,11 @@ import json
 import pytest
 
 from artifacts import intent as module
-from artifacts.clock import Clock
 from artifacts.digest import canonical_json
 from artifacts.intent import CONDEMNED, INTENTS, intent, read_condemned, wait_until_spared
 from artifacts.lease import this_process
 from artifacts.store import Store
-
-
-class FastClock(Clock):
-    """Sleeping takes no time; the hours go by on a counter. `then` is called after each sleep."""
-
-    def __init__(self, then=lambda: None) -> None:
-        self.now = 0.0
-        self.sleeps = 0
-        self.then = then
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self.sleeps += 1
-        self.then()
+from tests.aging import FastClock
 
 
 def condemn(store: Store, *keys: str, state: str = "held", holder: dict | None = None) -> str:

@@ -1,0 +1,98 @@
+"""What goes by age alone, because nothing refers to it: checkpoints and leases that nobody beats, old notes, unfinished
+uploads.
+
+A checkpoint or a lease is old when nothing of its key has changed for the grace period by the store's clock. A worker may
+come back to it in that very moment, so both are removed with the lease in hand: the worker waits for it as for any other
+holder, then finds no checkpoint and no lease, and starts anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from artifacts.backend import Backend, Entry
+from artifacts.checkpoints import StoredCheckpoints
+from artifacts.clock import Clock
+from artifacts.errors import LeaseLost, NotFound
+from artifacts.intent import CONDEMNED, INTENTS
+from artifacts.lease import Lease
+from artifacts.mark import ACTIVE_RUNS, Tally
+from artifacts.pending import INDEX
+
+PROBE_SECONDS = 3600.0
+
+
+@dataclass(slots=True)
+class Abandoned:
+    """The checkpoints and the lease of one key."""
+
+    changed: float = 0.0
+    size: Tally = field(default_factory=Tally)
+
+    def add(self, entry: Entry) -> None:
+        """One more object of the key."""
+        self.changed = max(self.changed, entry.modified)
+        self.size.add(entry.size)
+
+
+def remove_leftovers(
+    backend: Backend, now: float, grace: float, pending: Iterable[str], clock: Clock, *, dry_run: bool
+) -> dict[str, Tally]:
+    """Remove what is left over and return how much of each kind it was. `pending` are the shards that are in use."""
+    found: dict[str, Tally] = {}
+    cutoff = now - grace
+    for kind, entry in _old(backend, now, cutoff, set(pending)):
+        found.setdefault(kind, Tally()).add(entry.size)
+        if not dry_run:
+            backend.delete(entry.key)
+    for key, abandoned in _abandoned(backend, cutoff).items():
+        if dry_run or _remove(backend, key, cutoff, clock):
+            tally = found.setdefault("checkpoints and leases", Tally())
+            tally.objects += abandoned.size.objects
+            tally.bytes += abandoned.size.bytes
+    for entry in backend.sweep(grace, dry_run=dry_run):
+        found.setdefault("unfinished uploads", Tally()).add(entry.size)
+    return found
+
+
+def _old(backend: Backend, now: float, cutoff: float, pending: set[str]) -> Iterator[tuple[str, Entry]]:
+    """Objects with names that nobody uses twice, whose time is over."""
+    for kind, prefix, latest in (
+        ("probes", "v1/probe/", now - PROBE_SECONDS),
+        ("intents", INTENTS, cutoff),
+        ("interrupted runs", ACTIVE_RUNS, cutoff),
+        ("trash", "v1/trash/", cutoff),
+    ):
+        for entry in backend.list(prefix):
+            if entry.modified < latest and entry.key not in (CONDEMNED, INDEX) and entry.key not in pending:
+                yield kind, entry
+
+
+def _abandoned(backend: Backend, cutoff: float) -> dict[str, Abandoned]:
+    found: dict[str, Abandoned] = {}
+    for prefix in ("v1/wip/", "v1/lease/"):
+        for entry in backend.list(prefix):
+            key = entry.key.removeprefix(prefix).partition("/")[0].removesuffix(".json")
+            found.setdefault(key, Abandoned()).add(entry)
+    return {key: abandoned for key, abandoned in found.items() if abandoned.changed < cutoff}
+
+
+def _remove(backend: Backend, key: str, cutoff: float, clock: Clock) -> bool:
+    """Remove a key's checkpoints, the pointer first, and its lease, with the lease in hand; False if somebody has it."""
+    lease = Lease(backend, key, clock=clock, last_fence=StoredCheckpoints(backend, key, 0).stored_fence)
+    if not lease.take_over(lambda entry: entry.modified < cutoff):
+        return False
+    try:
+        entries = list(backend.list(f"v1/wip/{key}/"))
+        if any(entry.modified >= cutoff for entry in entries):
+            lease.release()
+            return False
+        lease.confirm()
+        backend.delete(f"v1/wip/{key}/LATEST")
+        backend.delete_many([entry.key for entry in entries])
+        lease.confirm()
+        lease.remove()
+    except (LeaseLost, NotFound):
+        return False
+    return True

@@ -1,0 +1,312 @@
+"""Which objects of a store are in use: the mark phase of a collection, and of a verification.
+
+Roots are kept in the store itself: finished runs, runs under way (`v1/run/active-<uuid>.json`), pins, intents of writers,
+and every record younger than the grace period. What a root names is live, and so is what that needs:
+
+    run, pin            -> its records
+    record              -> its output tree, and the trees that its inputs were
+    input tree          -> a record that made it: any that is live already, else the newest (an output that is kept can be
+                           found again by a plan only through the records above it, and an adapter needs its base)
+    tree                -> its blobs, parts lists and the blobs of the parts
+    withdrawn record    -> its output tree, while it is in the trash, so that it can be put back
+
+Everything is read from small objects, each once, and digests are held as 32 bytes. Marks only ever grow: `refresh` adds
+what has come since, in an order that misses nothing, which is the collection's second look (see `artifacts.intent`).
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from artifacts.backend import Entry, Object
+from artifacts.digest import digest_bytes, is_digest
+from artifacts.errors import Damaged
+from artifacts.intent import CONDEMNED, INTENTS
+from artifacts.record import Record
+from artifacts.store import Store
+
+READ_AT_ONCE = 500
+"""Small objects read in one round of concurrent requests."""
+
+SAME_MOMENT_SECONDS = 5.0
+"""A record this young may be withdrawn and made again within one tick of the store's clock: it is always read anew."""
+
+ACTIVE_RUNS = "v1/run/active-"
+PENDING = "v1/trash/pending"
+
+Where = tuple[str, str]
+"""(stage, key) of a record."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """A number of objects and their bytes."""
+
+    objects: int = 0
+    bytes: int = 0
+
+    def add(self, size: int) -> None:
+        """Count one more object."""
+        self.objects += 1
+        self.bytes += size
+
+    def describe(self) -> dict[str, int]:
+        """Plain data."""
+        return {"objects": self.objects, "bytes": self.bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What marking needs to know of a record."""
+
+    entry: Entry
+    output: bytes
+    inputs: tuple[bytes, ...]
+    seconds: float
+
+
+@dataclass(slots=True)
+class Marks:
+    """What is in use. Times are of the store's clock."""
+
+    store: Store
+    now: float
+    """When marking began."""
+    young_since: float
+    """What changed after this is young."""
+    records: dict[Where, Seen] = field(default_factory=dict)
+    """Every readable record, live or not."""
+    live: set[Where] = field(default_factory=set)
+    """Records in use."""
+    trees: set[bytes] = field(default_factory=set)
+    blobs: set[bytes] = field(default_factory=set)
+    """Files of live trees, and the blobs of their parts."""
+    parts: dict[bytes, Entry] = field(default_factory=dict)
+    """Every parts list, by the digest of its file."""
+    named: set[str] = field(default_factory=set)
+    """Keys that intents name."""
+    damaged: list[str] = field(default_factory=list)
+    """What had to be read and could not be: while there is any, nothing is known to be unused."""
+    roots: dict[str, int] = field(default_factory=dict)
+    """How many roots of each kind there are: `run`, `active`, `pin`, `intent`, `young`."""
+    _producers: dict[bytes, set[Where]] = field(default_factory=dict)
+    _read_once: set[str] = field(default_factory=set)
+
+    def refresh(self) -> None:
+        """Take in everything that is in use now.
+
+        The order matters: whoever puts a record, a run or a pin removes its intent, or its active run, afterwards, and
+        puts parts lists before the record; so what an earlier listing misses, a later one has.
+        """
+        rooted = self._roots() | self._list_records()
+        self.parts = {bytes.fromhex(digest): entry for digest, entry in by_digest(self.store, "parts")}
+        self._close(rooted)
+        self._read_parts()
+
+    def keeps(self, key: str) -> bool:
+        """True when the object is in use, or is none that marking knows how to judge."""
+        if key in self.named:
+            return True
+        kind, _, name = key.removeprefix("v1/").partition("/")
+        if kind == "act":
+            where = record_of(key)
+            return where in self.live or where not in self.records
+        digest = name.rpartition("/")[2]
+        if kind not in ("cas", "tree", "parts") or not is_digest(digest):
+            return True
+        return bytes.fromhex(digest) in (self.trees if kind == "tree" else self.blobs)
+
+    def _roots(self) -> set[Where]:
+        """The records that intents, runs under way, pins and runs keep; withdrawn records keep their trees."""
+        backend = self.store.backend
+        young = [entry for entry in backend.list(INTENTS) if entry.modified >= self.young_since]
+        for key, body in self._read(young):
+            names = body.get("keys")
+            if isinstance(names, list):
+                self.named.update(map(str, names))
+            else:
+                self.damaged.append(f"{key}: names no keys")
+        self.roots["intent"] = len(young)
+        found: set[Where] = set()
+        for kind, prefix in (("active", ACTIVE_RUNS), ("pin", "v1/pin/"), ("run", "v1/run/")):
+            entries = [e for e in backend.list(prefix) if kind != "run" or not e.key.startswith(ACTIVE_RUNS)]
+            if kind == "active":
+                entries = [entry for entry in entries if entry.modified >= self.young_since]
+            self.roots[kind] = len(entries)
+            for key, body in self._read([entry for entry in entries if entry.key not in self._read_once]):
+                found.update(self._records_named(key, body))
+                if kind == "run":
+                    self._read_once.add(key)  # named by its content, so it never changes
+        notes = [e for e in backend.list("v1/trash/") if e.modified >= self.young_since and is_note(e.key)]
+        readable = [body for _, body in self._read(notes, required=False)]
+        self._read_trees({output for body in readable for output in _withdrawn(body)}, required=False)
+        return found
+
+    def _records_named(self, key: str, body: dict[str, Any]) -> Iterator[Where]:
+        try:
+            yield from [(str(node["stage"]), str(node["key"])) for node in body["nodes"].values()]
+        except (TypeError, KeyError, AttributeError):
+            self.damaged.append(f"{key}: does not say which records it names")
+
+    def _list_records(self) -> set[Where]:
+        """Read the records that are new or changed; the young ones are roots."""
+        fresh: dict[str, Entry] = {}
+        young: set[Where] = set()
+        for entry in self.store.backend.list("v1/act/"):
+            where = record_of(entry.key)
+            if where is None:
+                continue
+            if entry.modified >= self.young_since:
+                young.add(where)
+            known = self.records.get(where)
+            if known is None or known.entry != entry or entry.modified >= self.now - SAME_MOMENT_SECONDS:
+                fresh[entry.key] = entry
+        for key, stored in self.read(fresh):
+            self._take_record(fresh[key], stored)
+        self.roots["young"] = len(young)
+        return young
+
+    def _take_record(self, entry: Entry, stored: Object) -> None:
+        where = record_of(entry.key)
+        assert where is not None
+        try:
+            record = Record.decode(stored.data, *where)
+            named = record.payload["inputs"].values()
+            inputs = tuple(bytes.fromhex(digest) for digest in named if is_digest(digest))
+        except (Damaged, KeyError, AttributeError) as error:
+            self.damaged.append(str(error))
+            return
+        before, output = self.records.get(where), bytes.fromhex(record.output)
+        if before is not None and before.output != output:
+            # Withdrawn and made again meanwhile: what it needs now has to be marked.
+            self._producers[before.output].discard(where)
+            self.live.discard(where)
+        self.records[where] = Seen(entry, output, inputs, record.seconds)
+        self._producers.setdefault(output, set()).add(where)
+
+    def _close(self, rooted: set[Where]) -> None:
+        """Mark everything that these records need."""
+        waiting = rooted
+        while waiting:
+            outputs: set[bytes] = set()
+            inputs: set[bytes] = set()
+            for where in waiting - self.live:
+                if (seen := self.records.get(where)) is not None:
+                    self.live.add(where)
+                    outputs.add(seen.output)
+                    inputs.update(seen.inputs)
+            self._read_trees(outputs, required=True)
+            # An input may be gone: a record outlives what it was made from where nobody kept that.
+            self._read_trees(inputs, required=False)
+            waiting = {maker for tree in inputs if (maker := self._maker(tree)) is not None}
+
+    def _maker(self, tree: bytes) -> Where | None:
+        """The record to keep for a tree that is kept as an input; None when a live one made it, or none is left."""
+        makers = self._producers.get(tree, set())
+        if not makers or not makers.isdisjoint(self.live):
+            return None
+        return max(makers, key=lambda where: (self.records[where].entry.modified, where))
+
+    def _read_trees(self, digests: set[bytes], *, required: bool) -> None:
+        wanted = {f"v1/tree/{d.hex()[:2]}/{d.hex()}": d for d in digests if d not in self.trees}
+        missing = set(wanted)
+        for key, stored in self.read(wanted):
+            missing.discard(key)
+            try:
+                self.blobs.update(files_of(stored.data, wanted[key]))
+                self.trees.add(wanted[key])
+            except ValueError as error:
+                if required:
+                    self.damaged.append(f"{key}: {error}")
+        if required:
+            self.damaged += [f"{key} is missing" for key in sorted(missing)]
+
+    def _read_parts(self) -> None:
+        wanted = [e.key for file, e in self.parts.items() if file in self.blobs and e.key not in self._read_once]
+        for key, stored in self.read(wanted):
+            self._read_once.add(key)
+            try:
+                self.blobs.update(parts_of(stored.data))
+            except ValueError as error:
+                self.damaged.append(f"{key}: {error}")
+
+    def _read(self, entries: Iterable[Entry], *, required: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+        for key, stored in self.read([entry.key for entry in entries]):
+            try:
+                body = json.loads(stored.data)
+                if not isinstance(body, dict):
+                    raise ValueError("not an object")
+            except (ValueError, RecursionError) as error:
+                self.damaged += [f"{key}: {error}"] if required else []
+                continue
+            yield key, body
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Object]]:
+        """The objects that are there; many at once, few in memory."""
+        left = iter(keys)
+        while some := list(islice(left, READ_AT_ONCE)):
+            for key, stored in self.store.backend.get_many(some).items():
+                if stored is not None:
+                    yield key, stored
+
+
+def record_of(key: str) -> Where | None:
+    """(stage, key) of a record's object key; None when it is not one."""
+    stage, _, name = key.removeprefix("v1/act/").rpartition("/")
+    digest = name.removesuffix(".json")
+    return (stage, digest) if stage and name.endswith(".json") and is_digest(digest) else None
+
+
+def is_note(key: str) -> bool:
+    """True for the note that says why a record was withdrawn."""
+    return key.endswith(".json") and not key.startswith((CONDEMNED, PENDING))
+
+
+def by_digest(store: Store, kind: str) -> Iterator[tuple[str, Entry]]:
+    """(digest, entry) of every object of a kind (`cas`, `tree`, `parts`) whose name is a digest."""
+    for entry in store.backend.list(f"v1/{kind}/"):
+        digest = entry.key.rpartition("/")[2]
+        if is_digest(digest):
+            yield digest, entry
+
+
+def files_of(listing: bytes, digest: bytes) -> list[bytes]:
+    """The digests of the files in a tree's listing.
+
+    Raises:
+        ValueError: it does not have this digest, or is not a listing.
+    """
+    if digest_bytes(listing) != digest.hex():
+        raise ValueError("does not match its digest")
+    try:
+        return [bytes.fromhex(file) for _, _, file in json.loads(listing)]
+    except (TypeError, RecursionError) as error:
+        raise ValueError("not a listing") from error
+
+
+def parts_of(data: bytes) -> list[bytes]:
+    """The digests of the blobs in a parts list.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        return [bytes.fromhex(part) for _, part in json.loads(data)["parts"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError("not a parts list") from error
+
+
+def unique(prefix: str) -> str:
+    """A key that nobody else uses."""
+    return f"{prefix}{uuid.uuid4().hex}"
+
+
+def _withdrawn(body: dict[str, Any]) -> list[bytes]:
+    record = body.get("record")
+    output = record.get("output") if isinstance(record, dict) else None
+    return [bytes.fromhex(str(output))] if is_digest(output) else []

@@ -1,0 +1,86 @@
+"""What a collection found unused, and since when: kept in the store between its two visits.
+
+`v1/trash/pending.json` names shards, each a list of keys and the time (the store's) at which they were first found unused.
+Shards are never changed; the index is replaced by compare-and-swap. It is only a memory: losing it costs a grace period.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from itertools import groupby
+
+from artifacts.backend import Backend
+from artifacts.digest import canonical_json
+from artifacts.errors import Conflict, NotFound
+from artifacts.mark import PENDING
+
+INDEX = f"{PENDING}.json"
+SHARD_KEYS = 20_000
+
+
+class Pending:
+    """The pending objects as this collection found them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._etag: str | None = None
+        self.shards: list[tuple[float, str]] = []
+        """(time of marking, key of the shard)."""
+        try:
+            stored = backend.get(INDEX)
+        except NotFound:
+            return
+        self._etag = stored.etag
+        try:
+            self.shards = [(float(time), str(key)) for time, key in json.loads(stored.data)["shards"]]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass  # a damaged memory is no memory: everything waits for another grace period
+
+    def since(self, unused: Mapping[str, int], now: float) -> dict[str, float]:
+        """When each of the unused objects was first found unused: `now` for those that no shard names."""
+        times = dict.fromkeys(unused, now)
+        for time, shard in self.shards:
+            for key in self._keys(shard):
+                if key in times:
+                    times[key] = min(times[key], time)
+        return times
+
+    def replace(self, times: Mapping[str, float]) -> None:
+        """Remember these instead.
+
+        Raises:
+            Conflict: another collection has done so meanwhile.
+        """
+        written: list[tuple[float, str]] = []
+        for time, keys in groupby(sorted(times, key=lambda key: (times[key], key)), key=times.__getitem__):
+            some = list(keys)
+            for start in range(0, len(some), SHARD_KEYS):
+                name = f"{PENDING}-{uuid.uuid4().hex}"
+                self._backend.put(name, canonical_json({"keys": some[start : start + SHARD_KEYS]}))
+                written.append((time, name))
+        old = [key for _, key in self.shards]
+        data = canonical_json({"schema": 1, "shards": [list(row) for row in written]})
+        try:
+            if self._etag is None:
+                self._etag = self._backend.put(INDEX, data, if_absent=True)
+            else:
+                self._etag = self._backend.put(INDEX, data, if_match=self._etag)
+        except (Conflict, NotFound):
+            # The refusal may answer a retry of our own write: the names of the shards tell.
+            stored = self._backend.get_many([INDEX])[INDEX]
+            if stored is None or stored.data != data or not written:
+                self._backend.delete_many([key for _, key in written])
+                raise Conflict(
+                    f"another collection of the store {self._backend.url} finished meanwhile; run it again later"
+                ) from None
+            self._etag = stored.etag
+        self.shards = written
+        self._backend.delete_many(old)
+
+    def _keys(self, shard: str) -> list[str]:
+        try:
+            return [str(key) for key in json.loads(self._backend.get(shard).data)["keys"]]
+        except (NotFound, ValueError, TypeError, KeyError, RecursionError):
+            return []

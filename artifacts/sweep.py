@@ -1,0 +1,134 @@
+"""The deleting half of a collection: the condemned list, and rounds that spare what has come to be in use.
+
+See `artifacts.intent` for what makes it safe. The list belongs to one collection at a time; every change of it is a
+compare-and-swap, so a collection that was taken for dead is told so by its next beat and deletes nothing more.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+
+from artifacts.backend import Backend
+from artifacts.clock import Clock
+from artifacts.digest import canonical_json
+from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable
+from artifacts.intent import BEAT_LASTS_SECONDS, CONDEMNED, Condemned, read_condemned
+from artifacts.lease import this_process
+from artifacts.mark import Marks
+
+CONDEMN_AT_ONCE = 10_000
+"""Objects in one condemned list, which writers read while it stands."""
+DELETE_AT_ONCE = 1000
+BEAT_SECONDS = 10.0
+"""A batch begins only under a beat that is younger than this."""
+
+
+class SweepStopped(StoreError):
+    """The condemned list was taken from this collection, or is another's; nothing more was deleted."""
+
+
+def sweep(marks: Marks, keys: Sequence[str], clock: Clock, on_deleted: Callable[[Sequence[str]], None]) -> None:
+    """Delete those of `keys`, in this order, that are still not in use; report every batch.
+
+    Raises:
+        SweepStopped: another collection is deleting, or this one was taken for dead.
+        Damaged: something that has come since cannot be read, so that what it needs is not known.
+    """
+    backend = marks.store.backend
+    condemned = CondemnedList(backend, clock)
+    try:
+        for start in range(0, len(keys), CONDEMN_AT_ONCE):
+            some = keys[start : start + CONDEMN_AT_ONCE]
+            condemned.put(some)
+            marks.refresh()
+            if marks.damaged:
+                raise Damaged(f"{marks.damaged[0]}; run: sleeper repair")
+            doomed = [key for key in some if not marks.keeps(key)]
+            for first in range(0, len(doomed), DELETE_AT_ONCE):
+                batch = doomed[first : first + DELETE_AT_ONCE]
+                condemned.prove()
+                backend.delete_many(batch)
+                on_deleted(batch)
+    finally:
+        condemned.free()
+
+
+class CondemnedList:
+    """This collection's hold on the list."""
+
+    def __init__(self, backend: Backend, clock: Clock) -> None:
+        self._backend = backend
+        self._clock = clock
+        self._owner = uuid.uuid4().hex
+        self._etag: str | None = None
+        self._keys: list[str] = []
+        self._sent = 0.0
+
+    def put(self, keys: Iterable[str]) -> None:
+        """Announce that these objects, and no others any more, are about to be deleted."""
+        self._keys = sorted(keys)
+        if self._etag is not None:
+            self._beat()
+            return
+        while not self._write("held", self._await_free()):
+            pass
+
+    def prove(self) -> None:
+        """Make sure that the list is still this collection's, before a batch is deleted."""
+        if self._clock.monotonic() - self._sent >= BEAT_SECONDS:
+            self._beat()
+        if self._clock.monotonic() - self._sent >= BEAT_LASTS_SECONDS:
+            raise StoreUnavailable(
+                f"the store {self._backend.url} took more than {BEAT_LASTS_SECONDS:.0f} s to answer; "
+                "nothing more was deleted; run the same command again"
+            )
+
+    def free(self) -> None:
+        """Let waiting writers go on. A list that was lost is left to whoever has it now."""
+        if self._etag is not None:
+            self._keys = []
+            self._write("free", self._etag)
+            self._etag = None
+
+    def _beat(self) -> None:
+        assert self._etag is not None
+        if not self._write("held", self._etag):
+            self._etag = None
+            raise SweepStopped(
+                f"this collection was taken for dead, because it stood still for too long; the store "
+                f"{self._backend.url} has all that is in use, and the next collection goes on"
+            )
+
+    def _await_free(self) -> str | None:
+        """The ETag over which the list may be written; None when it does not exist."""
+        seen: tuple[str, float] | None = None
+        while (found := read_condemned(self._backend)) is not None and found.state != "free":
+            now = self._clock.monotonic()
+            if seen is not None and seen[0] != found.etag:
+                raise SweepStopped(
+                    f"another collection is deleting in the store {self._backend.url}; run it again later"
+                )
+            seen = seen or (found.etag, now)
+            if now - seen[1] >= found.patience:
+                break
+            self._clock.sleep(min(1.0, found.patience / 10))
+        return None if found is None else found.etag
+
+    def _write(self, state: str, etag: str | None) -> bool:
+        body = {"state": state, "owner": self._owner, "beat": uuid.uuid4().hex, "holder": this_process()}
+        data = canonical_json({"schema": 1, **body, "keys": self._keys})
+        sent = self._clock.monotonic()
+        try:
+            if etag is None:
+                self._etag = self._backend.put(CONDEMNED, data, if_absent=True)
+            else:
+                self._etag = self._backend.put(CONDEMNED, data, if_match=etag)
+        except (Conflict, NotFound):
+            # The refusal may answer a retry of our own write whose first reply was lost: the nonce tells.
+            found: Condemned | None = read_condemned(self._backend)
+            if found is None or found.beat != body["beat"]:
+                return False
+            self._etag = found.etag
+        self._sent = sent
+        return True

@@ -24,7 +24,7 @@ from itertools import islice
 from typing import Any
 
 from artifacts.backend import Entry, Object
-from artifacts.digest import digest_bytes, is_digest
+from artifacts.digest import digest_bytes, is_digest, parse_canonical
 from artifacts.errors import Damaged
 from artifacts.intent import CONDEMNED, INTENTS
 from artifacts.record import Record
@@ -238,10 +238,10 @@ class Marks:
     def _read(self, entries: Iterable[Entry], *, required: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
         for key, stored in self.read([entry.key for entry in entries]):
             try:
-                body = json.loads(stored.data)
+                body = parse_canonical(stored.data)
                 if not isinstance(body, dict):
                     raise ValueError("not an object")
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 self.damaged += [f"{key}: {error}"] if required else []
                 continue
             yield key, body

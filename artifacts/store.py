@@ -303,6 +303,8 @@ class Store:
         """
         for entry in sorted(self.backend.list("v1/run/"), key=lambda entry: -entry.modified):
             name = entry.key.rpartition("/")[2].removesuffix(".json")
+            if name.startswith("active-"):
+                continue  # under way, or interrupted
             try:
                 content = _parse_run(self.backend.get(entry.key).data)
             except NotFound:

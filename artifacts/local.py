@@ -27,6 +27,9 @@ from artifacts.digest import digest_bytes, digest_file
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
 
 TEMPORARY = ".tmp"
+FILE_MODE = 0o644
+FOLDER_MODE = 0o755
+"""Whatever the umask, only the owner writes: who can write into a store decides what its readers load."""
 CHUNK_BYTES = 1 << 20
 LOCK_SECONDS = 20.0
 """Longest wait for another process's compare-and-swap, which takes milliseconds when that process runs."""
@@ -57,7 +60,7 @@ class LocalBackend:
         with self._errors(key, "write"):
             temporary = self._temporary()
             try:
-                with open(temporary, "xb") as file:
+                with _create(temporary) as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
@@ -75,7 +78,7 @@ class LocalBackend:
         with self._errors(key, "write"):
             temporary = self._temporary()
             try:
-                with open(path, "rb") as source, open(temporary, "xb") as file:
+                with open(path, "rb") as source, _create(temporary) as file:
                     source.seek(offset)
                     for chunk in _chunks(source, size):
                         file.write(chunk)
@@ -100,7 +103,7 @@ class LocalBackend:
                     progress(length)
                 return digest_file(path)
             # Never truncates what is there: it may be a link to an object.
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT, FILE_MODE), "wb") as file:
                 file.seek(offset)
                 hasher = blake3()
                 for chunk in _chunks(source, None):
@@ -184,7 +187,7 @@ class LocalBackend:
     def _now(self) -> float:
         """The time by the clock of the file system, which may be another machine's."""
         temporary = self._temporary()
-        temporary.touch()
+        temporary.touch(FILE_MODE)
         try:
             return temporary.stat().st_mtime
         finally:
@@ -219,14 +222,14 @@ class LocalBackend:
 
     def _temporary(self) -> Path:
         folder = self.root / TEMPORARY
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         if not self._swept:
             self._swept = True
             self.sweep(LEFTOVER_SECONDS)
         return folder / uuid.uuid4().hex
 
     def _publish(self, temporary: Path, target: Path, *, replace: bool) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(target.parent)
         if replace:
             os.replace(temporary, target)
         else:
@@ -246,7 +249,7 @@ class LocalBackend:
     def _swap(self, key: str, temporary: Path, if_match: str) -> None:
         target = self._path(key)
         guard = self.root / TEMPORARY / f"swap-{digest_bytes(key.encode())[:2]}.lock"
-        with open(guard, "ab") as lock:
+        with open(os.open(guard, os.O_WRONLY | os.O_CREAT, FILE_MODE), "ab") as lock:
             self._lock(lock.fileno(), key)
             try:
                 current = digest_bytes(target.read_bytes())
@@ -290,6 +293,19 @@ class LocalBackend:
     def _listing_error(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise StoreUnavailable(f"cannot list {error.filename} in the store {self.url}: {error.strerror}") from error
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and those above it that are missing, writable by their owner alone."""
+    try:
+        folder.mkdir(FOLDER_MODE, exist_ok=True)
+    except FileNotFoundError:
+        make_folders(folder.parent)
+        folder.mkdir(FOLDER_MODE, exist_ok=True)
+
+
+def _create(path: Path) -> BinaryIO:
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb")
 
 
 def _chunks(source: BinaryIO, size: int | None) -> Iterator[bytes]:

@@ -10,7 +10,6 @@ only while every file has the digest that was noted; a finished attempt is kept 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from artifacts.digest import canonical_json, digest_file, is_digest
+from artifacts.digest import canonical_json, digest_file, is_digest, parse_canonical
 from artifacts.errors import StoreUnavailable
 from artifacts.lease import is_gone, this_process
+from artifacts.local import make_folders
 
 FINISHED = "finished.json"
 HOLDER = "holder.json"
@@ -43,7 +43,7 @@ class Attempt:
     @property
     def seconds(self) -> float:
         """Running time of the body. Only of a finished attempt."""
-        return float(json.loads((self.folder / FINISHED).read_bytes())["seconds"])
+        return _finished((self.folder / FINISHED).read_bytes())[0]
 
     def finish(self, seconds: float) -> None:
         """Note that the body ended well after `seconds` of running."""
@@ -58,9 +58,8 @@ class Attempt:
     def is_finished(self) -> bool:
         """True when the body ended well and every file still is as it left it."""
         try:
-            noted = json.loads((self.folder / FINISHED).read_bytes())
-            return isinstance(noted["seconds"], (int, float)) and noted["files"] == _listing(self.out)
-        except (OSError, ValueError, KeyError, TypeError):
+            return _finished((self.folder / FINISHED).read_bytes())[1] == _listing(self.out)
+        except (OSError, ValueError):
             return False
 
     def is_mine(self) -> bool:
@@ -82,10 +81,9 @@ class Attempt:
 
     def _holder(self) -> dict[str, object]:
         try:
-            holder = json.loads((self.folder / HOLDER).read_bytes())
+            return _holder((self.folder / HOLDER).read_bytes())
         except (OSError, ValueError):
             return {}
-        return holder if isinstance(holder, dict) else {}
 
 
 def new_attempt(scratch: Path, key: str, name: str) -> Attempt:
@@ -96,7 +94,8 @@ def new_attempt(scratch: Path, key: str, name: str) -> Attempt:
     """
     attempt = Attempt(scratch / key / name)
     try:
-        attempt.folder.mkdir(parents=True)
+        make_folders(attempt.folder.parent)
+        attempt.folder.mkdir(0o700)
         (attempt.folder / HOLDER).write_bytes(canonical_json(this_process()))
         attempt.out.mkdir()
     except OSError as error:
@@ -144,6 +143,25 @@ def _attempts(home: Path) -> Iterator[Attempt]:
         return
     for folder in folders:
         yield Attempt(folder)
+
+
+def _finished(data: bytes) -> tuple[float, object]:
+    """(seconds, listing) in the note of a finished attempt. Raises ValueError when the bytes are not one."""
+    noted = parse_canonical(data)
+    if not isinstance(noted, dict) or noted.keys() != {"seconds", "files"}:
+        raise ValueError("expected the fields 'seconds' and 'files'")
+    seconds = noted["seconds"]
+    if type(seconds) not in (int, float) or not 0 <= seconds < 1e10:
+        raise ValueError(f"seconds is {str(seconds)[:80]!r}")
+    return float(seconds), noted["files"]
+
+
+def _holder(data: bytes) -> dict[str, object]:
+    """The process named in a holder file. Raises ValueError when the bytes name none."""
+    holder = parse_canonical(data)
+    if not isinstance(holder, dict):
+        raise ValueError("expected a mapping")
+    return holder
 
 
 def _listing(out: Path) -> list[list[Any]]:

@@ -88,7 +88,8 @@ class MemoryBackend:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         with self._lock:
-            rows = [Entry(k, len(d), t) for k, (d, _, t) in sorted(self._objects.items()) if k.startswith(prefix)]
+            found = sorted(key for key in self._objects if key.startswith(prefix))
+            rows = [Entry(key, len(self._objects[key][0]), self._objects[key][2]) for key in found]
         yield from rows
 
     def delete(self, key: str) -> None:

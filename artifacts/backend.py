@@ -71,12 +71,19 @@ class Backend(Protocol):
         """Stream `size` bytes of the file `path` from `offset` (default: all from there on) into an object."""
 
     def get_file(
-        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+        self,
+        key: str,
+        path: Path,
+        *,
+        offset: int | None = None,
+        size: int | None = None,
+        progress: Progress | None = None,
     ) -> str:
-        """Stream an object into the file `path` from `offset` on; return the BLAKE3 digest of the bytes received.
+        """Stream an object into the file `path`; return the BLAKE3 digest of the bytes received.
 
-        The digest is computed while the bytes arrive; the caller compares it. Without `offset` and `size` the file
-        becomes exactly the object and may be read-only; otherwise bytes outside the range stay as they are.
+        The digest is computed while the bytes arrive; the caller compares it. Without `offset` the file becomes exactly
+        the object, and may be a read-only link to it; with one, the object is written from there on, and the bytes
+        outside that range stay as they are.
 
         Raises:
             Damaged: the object is not `size` bytes long; nothing was written.

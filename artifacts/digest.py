@@ -17,6 +17,7 @@ from typing import Any
 
 from blake3 import blake3
 
+READ_BYTES = 4 << 20
 DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 MAX_INTEGER = 2**64
 """Integers are below this in size, so that every language and database can hold them, if only as unsigned."""
@@ -30,10 +31,28 @@ def digest_bytes(data: bytes) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """BLAKE3 of a file's bytes, memory-mapped, so that memory use does not grow with its size."""
-    if path.stat().st_size < 1 << 16:
-        return digest_bytes(path.read_bytes())
-    return blake3().update_mmap(path).hexdigest()
+    """BLAKE3 of a file's bytes."""
+    hasher = blake3()
+    update_from(hasher, path)
+    return hasher.hexdigest()
+
+
+def update_from(hasher: blake3, path: Path, offset: int = 0, size: int | None = None) -> None:
+    """Add `size` bytes of a file from `offset` (default: all from there on), read piece by piece: memory does not grow.
+
+    Raises:
+        EOFError: the file is shorter.
+    """
+    left = path.stat().st_size - offset if size is None else size
+    buffer = memoryview(bytearray(min(READ_BYTES, left)))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while left > 0:
+            count = file.readinto(buffer[:left])
+            if not count:
+                raise EOFError(f"{path} ended {left} bytes early")
+            hasher.update(buffer[:count])
+            left -= count
 
 
 def is_digest(text: object) -> bool:

@@ -92,19 +92,25 @@ class LocalBackend:
                 temporary.unlink(missing_ok=True)
 
     def get_file(
-        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+        self,
+        key: str,
+        path: Path,
+        *,
+        offset: int | None = None,
+        size: int | None = None,
+        progress: Progress | None = None,
     ) -> str:
         with self._errors(key, "read"), self._open(key) as source:
             length = os.fstat(source.fileno()).st_size
             if size is not None and length != size:
                 raise wrong_size(key, self.url, size, length)
-            if offset == 0 and size is None and self._link(key, path):
+            if offset is None and self._link(key, path):
                 if progress is not None:
                     progress(length)
                 return digest_file(path)
             # Never truncates what is there: it may be a link to an object.
             with open(os.open(path, os.O_WRONLY | os.O_CREAT, FILE_MODE), "wb") as file:
-                file.seek(offset)
+                file.seek(offset or 0)
                 hasher = blake3()
                 for chunk in _chunks(source, None):
                     file.write(chunk)

@@ -64,12 +64,18 @@ class MemoryBackend:
             progress(len(data))
 
     def get_file(
-        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+        self,
+        key: str,
+        path: Path,
+        *,
+        offset: int | None = None,
+        size: int | None = None,
+        progress: Progress | None = None,
     ) -> str:
         data = self.get(key).data
         if size is not None and len(data) != size:
             raise wrong_size(key, self.url, size, len(data))
-        if offset == 0 and size is None:
+        if offset is None:
             path.write_bytes(data)
         else:
             with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:

@@ -80,13 +80,19 @@ class S3Backend:
         self._run(self._upload(key, path, offset, length, progress or _ignore), key, "write")
 
     def get_file(
-        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+        self,
+        key: str,
+        path: Path,
+        *,
+        offset: int | None = None,
+        size: int | None = None,
+        progress: Progress | None = None,
     ) -> str:
-        if offset == 0 and size is None:
+        if offset is None:
             path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            return self._run(self._download(key, descriptor, offset, size, progress or _ignore), key, "read")
+            return self._run(self._download(key, descriptor, offset or 0, size, progress or _ignore), key, "read")
         finally:
             os.close(descriptor)
 

@@ -7,24 +7,22 @@ leaves bytes that nothing refers to. A record that loses the race for its key ad
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from artifacts.backend import MAX_OBJECT_BYTES, Backend, Object, Progress, open_backend
+from artifacts.backend import Backend, Object, open_backend
 from artifacts.clock import SYSTEM, Clock
-from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest, parse_canonical
+from artifacts.digest import canonical_json, digest_bytes, is_digest, parse_canonical
+from artifacts.download import download, read_file, wrong_objects
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, TooLarge
-from artifacts.intent import intent
 from artifacts.record import MAX_RECORD_BYTES, Record, is_stage
-from artifacts.trees import File, Tree, check_path, check_together, object_key, read_tree
+from artifacts.trees import Tree, object_key, read_tree
+from artifacts.upload import Moved, uploaded
 
-TRANSFERS_AT_ONCE = 4
+TRANSFERS_AT_ONCE = 16
+"""Small objects that travel at once, see `artifacts.upload.Lanes`."""
 RUN_FIELDS: dict[str, type] = {"experiment": str, "complete": bool, "nodes": dict, "config": dict}
 """What every run object holds besides its schema."""
 
@@ -68,25 +66,24 @@ class Store:
 
     # Trees and blobs
 
-    def put_tree(self, folder: Path) -> Tree:
+    def put_tree(self, folder: Path, progress: Moved | None = None) -> Tree:
         """Store every file under `folder`; return the tree. Blobs that are already there are not sent again.
 
         Raises:
             StoreError: the folder holds something that is not a plain file, or a name that is not portable.
         """
-        tree = self._describe(folder)
-        self._put_tree(tree, folder, None)
-        return tree
+        with uploaded(self, folder, progress, announced=False) as tree:
+            return tree
 
-    def publish(self, folder: Path, make_record: Callable[[Tree], Record], progress: Progress | None = None) -> Record:
-        """Store `folder` and commit the record of it; return the record that now stands for its key.
+    def publish(self, folder: Path, make_record: Callable[[Tree], Record], progress: Moved | None = None) -> Record:
+        """Store `folder` and commit the record made for its tree; return the record that now stands for its key.
 
-        What a writer is about to rely on is announced first, so that a collection under way spares it.
+        What is being stored is announced first, so that a collection under way spares it.
+
+        Raises:
+            StoreError: the folder holds something that is not a plain file, or a name that is not portable.
         """
-        tree = self._describe(folder)
-        keys = [object_key("tree", tree.digest), *(object_key("cas", file.digest) for file in tree.files)]
-        with intent(self.backend, keys, self.clock):
-            self._put_tree(tree, folder, progress)
+        with uploaded(self, folder, progress) as tree:
             return self.commit(make_record(tree))
 
     def tree(self, digest: str) -> Tree:
@@ -94,7 +91,7 @@ class Store:
         key = object_key("tree", digest)
         return read_tree(self.backend.get_many([key])[key], digest, self.backend.url)
 
-    def materialise(self, digest: str, into: Path) -> Tree:
+    def materialise(self, digest: str, into: Path, progress: Moved | None = None) -> Tree:
         """Write the files of a tree under the folder `into`, each verified against its digest.
 
         Raises:
@@ -102,77 +99,16 @@ class Store:
         """
         tree = self.tree(digest)
         into.mkdir(parents=True, exist_ok=True)
-
-        def one(file: File) -> None:
-            target = into / file.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._get_blob(file, target, digest)
-
-        self._each(one, tree.files)
+        download(self, tree, into, progress)
         return tree
 
     def read(self, digest: str, path: str) -> bytes:
         """The verified bytes of one file of a tree. For small files: they are read into memory."""
-        for file in self.tree(digest).files:
+        tree = self.tree(digest)
+        for file in tree.files:
             if file.path == path:
-                try:
-                    data = self.backend.get(object_key("cas", file.digest)).data
-                except NotFound as error:
-                    raise Damaged(f"{path} of tree {digest[:12]} is missing", tree=digest) from error
-                if digest_bytes(data) != file.digest:
-                    raise Damaged(f"{path} of tree {digest[:12]} does not match its digest", tree=digest)
-                return data
+                return read_file(self, tree, file)
         raise StoreError(f"tree {digest[:12]} has no file {path!r}")
-
-    def _describe(self, folder: Path) -> Tree:
-        tree = Tree.of(_describe(folder))
-        try:
-            check_together([file.path for file in tree.files])
-            if len(tree.listing) > MAX_OBJECT_BYTES:
-                raise ValueError(f"a listing of {len(tree.listing)} bytes; expected at most {MAX_OBJECT_BYTES}")
-        except ValueError as error:
-            raise StoreError(f"the output {folder} cannot be stored: {error}") from error
-        return tree
-
-    def _put_tree(self, tree: Tree, folder: Path, progress: Progress | None) -> None:
-        blobs = {object_key("cas", file.digest): file for file in tree.files}
-        there = self.backend.sizes(blobs)
-        missing = [(key, file) for key, file in blobs.items() if there[key] != file.size]
-
-        def put(item: tuple[str, File]) -> None:
-            self.backend.put_file(item[0], folder / item[1].path, progress=progress)
-
-        self._each(put, missing)
-        try:
-            self.backend.put(object_key("tree", tree.digest), tree.listing, if_absent=True)
-        except Conflict:
-            pass
-
-    def _each(self, one: Callable[[Any], None], items: Sequence[Any]) -> None:
-        if self.at_once == 1 or len(items) < 2:
-            for item in items:
-                one(item)
-            return
-        with ThreadPoolExecutor(self.at_once) as pool:
-            list(pool.map(one, items))
-
-    def _get_blob(self, file: File, target: Path, tree: str) -> None:
-        temporary = target.with_name(f".{uuid.uuid4().hex}.part")
-        try:
-            try:
-                found = self.backend.get_file(object_key("cas", file.digest), temporary)
-            except NotFound as error:
-                raise Damaged(
-                    f"{file.path} of tree {tree[:12]} is missing from {self.backend.url}", tree=tree
-                ) from error
-            if found != file.digest:
-                raise Damaged(
-                    f"{file.path} of tree {tree[:12]} in {self.backend.url} does not match its digest {file.digest[:12]}",
-                    tree=tree,
-                )
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     # Action records
 
@@ -261,14 +197,7 @@ class Store:
         except Damaged:
             self.backend.delete(object_key("tree", digest))
             return
-        with tempfile.TemporaryDirectory() as folder:
-            for file in tree.files:
-                copy = Path(folder, file.digest)
-                try:
-                    self._get_blob(file, copy, digest)
-                    copy.unlink()
-                except Damaged:
-                    self.backend.delete(object_key("cas", file.digest))
+        self.backend.delete_many(list(wrong_objects(self, tree)))
 
     def records(self, stage: str) -> Iterator[Record]:
         """All readable records of a stage, newest first. For explaining misses and listing; never on the hit path."""
@@ -344,13 +273,3 @@ def _record_key(stage: str, key: str) -> str:
     if not is_digest(key):
         raise StoreError(f"{str(key)[:100]!r} is not a key: expected 64 hexadecimal digits")
     return f"v1/act/{stage}/{key}.json"
-
-
-def _describe(folder: Path) -> Iterator[File]:
-    for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
-        relative = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise StoreError(f"output {relative!r} is a link or a special file; only plain files can be stored")
-        if path.is_file():
-            check_path(relative)
-            yield File(relative, path.stat().st_size, digest_file(path))

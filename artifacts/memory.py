@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -72,10 +73,11 @@ class MemoryBackend:
         size: int | None = None,
         progress: Progress | None = None,
     ) -> str:
-        data = self.get(key).data
+        data = self.get(key, limit=sys.maxsize).data
         if size is not None and len(data) != size:
             raise wrong_size(key, self.url, size, len(data))
         if offset is None:
+            path.unlink(missing_ok=True)
             path.write_bytes(data)
         else:
             with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:

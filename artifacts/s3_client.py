@@ -1,0 +1,130 @@
+"""Connecting to S3: the two clients of a store, with one set of credentials and settings for both.
+
+botocore writes, because it shows status and code of every reply, which conditional writes need, and moves large parts
+through buffers. obstore reads, lists and asks for sizes, because it costs a tenth of the processor time per request, which
+is what planning a thousand stages consists of. Neither tries anything again on its own: see `artifacts.retry`.
+
+Credentials, endpoint and region come from the usual AWS settings, as botocore finds them: environment, profile, instance
+role. Where the environment names keys and endpoint, botocore is not even imported for reading.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from artifacts.errors import StoreUnavailable
+
+DEFAULT_REGION = "us-east-1"
+CONNECT_SECONDS = 5
+READ_SECONDS = 60
+AT_ONCE = 128
+"""Requests for small objects at once, and connections kept."""
+CREDENTIALS_SECONDS = 300
+"""obstore asks for the credentials again after this time; botocore renews those that expire."""
+
+
+class Connection:
+    """The clients for one bucket, each made when first used and shared by all threads."""
+
+    def __init__(self, bucket: str) -> None:
+        self._bucket = bucket
+        self._making = threading.RLock()
+        self._made: dict[str, Any] = {}
+
+    @property
+    def client(self) -> Any:
+        """The botocore client."""
+        return self._once("client", self._new_client)
+
+    @property
+    def reader(self) -> Any:
+        """The obstore store; for reading, listing and sizes.
+
+        Raises:
+            StoreUnavailable: there are no credentials anywhere.
+        """
+        return self._once("reader", self._new_reader)
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self._made:
+            with self._making:
+                if name not in self._made:
+                    self._made[name] = make()
+        return self._made[name]
+
+    def _session(self) -> Any:
+        import botocore.session
+
+        return self._once("session", botocore.session.get_session)
+
+    def _new_client(self) -> Any:
+        from botocore.config import Config
+
+        config = Config(
+            max_pool_connections=AT_ONCE,
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            # Over http the signature covers the body's SHA-256, over https the connection protects it; more than that
+            # is refused by many servers that are not Amazon's.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        session = self._session()
+        region = session.get_config_variable("region") or DEFAULT_REGION
+        return session.create_client("s3", region_name=region, config=config)
+
+    def _new_reader(self) -> Any:
+        from obstore.store import S3Store
+
+        endpoint, region, credentials = self._place(os.environ)
+        return S3Store(
+            self._bucket,
+            endpoint=endpoint,
+            region=region,
+            credential_provider=credentials,
+            virtual_hosted_style_request=False,
+            client_options={
+                "allow_http": endpoint.startswith("http://"),
+                "connect_timeout": f"{CONNECT_SECONDS}s",
+                "timeout": f"{READ_SECONDS}s",
+            },
+            retry_config={"max_retries": 0},
+        )
+
+    def _place(self, environment: Mapping[str, str]) -> tuple[str, str, Callable[[], dict[str, Any]]]:
+        """Endpoint, region and credentials of the bucket; by way of botocore unless the environment names them all."""
+        endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+        ignored = environment.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true"
+        key, secret = environment.get("AWS_ACCESS_KEY_ID"), environment.get("AWS_SECRET_ACCESS_KEY")
+        if endpoint and key and secret and not ignored:
+            token = environment.get("AWS_SESSION_TOKEN")
+            found = {"access_key_id": key, "secret_access_key": secret, "token": token, "expires_at": None}
+            return endpoint, environment.get("AWS_DEFAULT_REGION") or DEFAULT_REGION, lambda: dict(found)
+        credentials = self._session().get_credentials()
+        if credentials is None:
+            raise StoreUnavailable(
+                f"cannot use the bucket {self._bucket!r}: there are no AWS credentials; "
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        endpoint, region = str(self.client.meta.endpoint_url), str(self.client.meta.region_name)
+        if endpoint.endswith(".amazonaws.com"):
+            # obstore follows no redirection to a bucket's own region.
+            region = self.client.head_bucket(Bucket=self._bucket).get("BucketRegion") or region
+            endpoint = f"https://s3.{region}.amazonaws.com"
+        return endpoint, region, lambda: _current(credentials)
+
+
+def _current(credentials: Any) -> dict[str, Any]:
+    """Botocore's credentials, renewed if need be, in obstore's form."""
+    frozen = credentials.get_frozen_credentials()
+    return {
+        "access_key_id": frozen.access_key,
+        "secret_access_key": frozen.secret_key,
+        "token": frozen.token,
+        "expires_at": datetime.now(UTC) + timedelta(seconds=CREDENTIALS_SECONDS),
+    }

@@ -36,6 +36,7 @@ class TooLarge(Damaged):
     def __init__(self, key: str, url: str, limit: int, found: int, etag: str) -> None:
         super().__init__(f"{key} in the store {url} is {found} bytes long; expected at most {limit}")
         self.key = key
+        self.found = found
         self.etag = etag
         """For replacing it by compare-and-swap."""
 

@@ -28,6 +28,9 @@ from artifacts.errors import Conflict, LeaseLost, NotFound, TooLarge
 TIME_TO_LIVE = 30.0
 """Seconds without a heartbeat after which a lease may be taken over."""
 
+WRITE_ATTEMPTS = 4
+"""Times that a holder writes its lease anew over an earlier beat of its own."""
+
 
 def this_process() -> dict[str, object]:
     """What identifies this process to others on the same machine; empty where the system cannot tell."""
@@ -173,13 +176,19 @@ class Lease:
     @property
     def held(self) -> bool:
         """True while the last confirmed heartbeat is younger than the time to live."""
-        return self._etag is not None and self.clock.monotonic() < self._deadline
+        return self.seconds_left > 0
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the lease runs out unless a heartbeat is confirmed; 0 when it is not held."""
+        return 0.0 if self._etag is None else max(0.0, self._deadline - self.clock.monotonic())
 
     @property
     def _path(self) -> str:
         return f"v1/lease/{self.key}.json"
 
     def _write(self, fence: int, state: str, etag: str | None) -> bool:
+        """Write the lease if it still is as `etag` says (None: not there); False when somebody else was faster."""
         nonce = uuid.uuid4().hex
         body = canonical_json(
             {
@@ -191,31 +200,37 @@ class Lease:
                 "holder": self.holder,
             }
         )
-        sent = self.clock.monotonic()
-        try:
-            if etag is None:
-                self._etag = self.backend.put(self._path, body, if_absent=True)
-            else:
-                self._etag = self.backend.put(self._path, body, if_match=etag)
-        except (Conflict, NotFound):
-            # The refusal may answer a retry of our own write whose first reply was lost: the nonce tells.
+        for _ in range(WRITE_ATTEMPTS):
+            sent = self.clock.monotonic()
             try:
-                stored = self.backend.get(self._path)
-            except (NotFound, TooLarge):
-                return False
-            body_now = _parse(stored.data)
-            if body_now is None or body_now["beat"] != nonce:
-                return False
-            self._etag = stored.etag
-        self.fence = fence
-        self._deadline = sent + self.time_to_live
-        return True
+                if etag is None:
+                    self._etag = self.backend.put(self._path, body, if_absent=True)
+                else:
+                    self._etag = self.backend.put(self._path, body, if_match=etag)
+            except (Conflict, NotFound):
+                # The refusal may answer a retry of this write, or come of an earlier beat whose reply was lost.
+                try:
+                    stored = self.backend.get(self._path)
+                except (NotFound, TooLarge):
+                    return False
+                standing = _parse(stored.data)
+                if standing is None or (standing["owner"], standing["fence"]) != (self.owner, fence):
+                    return False
+                if standing["beat"] != nonce:
+                    etag = stored.etag
+                    continue
+                self._etag = stored.etag
+            self.fence = fence
+            self._deadline = sent + self.time_to_live
+            return True
+        return False
 
 
 class Heartbeat:
-    """Renews a held lease from a thread, three times per time to live, and reports its loss once.
+    """Renews a held lease, three times per time to live, and reports its loss once.
 
-    The thread is the only one to touch the lease until `stop` has joined it; only then may the lease be released, so a
+    One thread beats. Another watches the deadline, because a beat that hangs in the store reports nothing. The beating
+    thread is the only one to write the lease until `stop` has joined it; only then may the lease be released, so a
     heartbeat can never race its own release.
     """
 
@@ -223,12 +238,15 @@ class Heartbeat:
         self._lease = lease
         self._on_lost = on_lost
         self._ended = threading.Event()
-        self._task = lease.clock.start(self._beat, f"lease-{lease.key[:8]}")
+        self._reported = threading.Lock()
+        name = f"lease-{lease.key[:8]}"
+        self._tasks = [lease.clock.start(self._beat, name), lease.clock.start(self._watch, f"{name}-deadline")]
 
     def stop(self) -> None:
         """End the heartbeat and wait for a beat that is under way."""
         self._ended.set()
-        self._task.join()
+        for task in self._tasks:
+            task.join()
 
     def _beat(self) -> None:
         pause = self._lease.time_to_live / 3
@@ -237,13 +255,23 @@ class Heartbeat:
                 self._lease.renew()
                 pause = self._lease.time_to_live / 3
             except LeaseLost as error:
-                self._on_lost(str(error))
+                self._report(str(error))
                 return
             except Exception as error:  # noqa: BLE001 - an unreachable store is fatal only once the lease has run out
                 if not self._lease.held:
-                    self._on_lost(f"no heartbeat reached the store for {self._lease.time_to_live:.0f} s: {error}")
+                    self._report(f"no heartbeat reached the store for {self._lease.time_to_live:.0f} s: {error}")
                     return
                 pause = min(1.0, self._lease.time_to_live / 10)
+
+    def _watch(self) -> None:
+        while not self._lease.clock.wait(self._ended, self._lease.seconds_left):
+            if not self._lease.held:
+                self._report(f"no heartbeat was confirmed by the store for {self._lease.time_to_live:.0f} s")
+                return
+
+    def _report(self, reason: str) -> None:
+        if self._reported.acquire(blocking=False):
+            self._on_lost(reason)
 
 
 def wait_for(

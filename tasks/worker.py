@@ -124,7 +124,9 @@ class _Attempt:
     around: Surroundings = field(default_factory=Surroundings)
     lost: Stop = field(default_factory=Stop)
     """Why the lease was lost, as long as it is."""
+    in_body: bool = False
     exit: Timer | None = None
+    """Ends this process should the body not end by itself after the lease was lost."""
 
     def run(self) -> dict[str, Any]:
         """Lease, body, commit. Returns the `done` message."""
@@ -140,8 +142,6 @@ class _Attempt:
                     self.lost.request(str(error))
                 if self.lost() is None or self.stop() is not None or not left:
                     raise
-            finally:
-                self._end_grace()
             if not lease.exists():
                 raise LeaseLost(self.lost())
             self.send({"event": "log", "message": f"{self.lost()}; waiting for the stage's result"})
@@ -182,6 +182,7 @@ class _Attempt:
         heartbeat = Heartbeat(lease, self._on_lost)
         try:
             if (standing := self._lookup()) is not None:
+                self._discard_checkpoints(lease)
                 return self._adopted(standing)
             return self._execute(lease)
         finally:
@@ -199,19 +200,29 @@ class _Attempt:
         attempt = scratch.finished_attempt(self.scratch, key)
         if attempt is None:
             attempt = scratch.new_attempt(self.scratch, key, f"{lease.fence}-{lease.owner[:8]}")
-            self._run_body(attempt, checkpoints)
+            self._run_body(attempt, checkpoints, lease)
             attempt.finish(checkpoints.seconds)
         else:
             self.send({"event": "log", "message": "an earlier attempt finished the body; storing its output"})
         record = self._publish(attempt.out, attempt.seconds, lease)
-        try:
-            checkpoints.discard()
-        except StoreUnavailable as error:
-            self.send({"event": "log", "message": f"checkpoints of the finished stage were left behind: {error}"})
+        self._discard_checkpoints(lease)
         scratch.clear(self.scratch, key)
         return _done(record, executed=True)
 
-    def _run_body(self, attempt: scratch.Attempt, checkpoints: StoredCheckpoints) -> None:
+    def _discard_checkpoints(self, lease: Lease) -> None:
+        """Remove the checkpoints of a committed stage, unless another worker took the lease before the commit.
+
+        That one may be resuming from them. Whoever takes the lease after this confirmation finds the record.
+        """
+        try:
+            lease.confirm()
+            StoredCheckpoints(self.store.backend, self.spec.key, lease.fence).discard()
+        except LeaseLost:
+            pass
+        except StoreUnavailable as error:
+            self.send({"event": "log", "message": f"checkpoints of the finished stage were left behind: {error}"})
+
+    def _run_body(self, attempt: scratch.Attempt, checkpoints: StoredCheckpoints, lease: Lease) -> None:
         with tempfile.TemporaryDirectory(prefix="work-", dir=attempt.folder) as work:
             inputs: dict[str, Path] = {}
             for name, digest in self.spec.inputs.items():
@@ -225,21 +236,32 @@ class _Attempt:
                 checkpoints=timed,
                 on_progress=self._on_progress,
                 on_log=lambda message: self.send({"event": "log", "message": message}),
-                stop_requested=lambda: self.stop() or self.lost(),
+                stop_requested=lambda: self._why_stop(lease),
                 device=self.spec.device,
                 checkpoint_seconds=self.spec.checkpoint_seconds,
             )
             config = self.stage.config.model_validate(self.spec.config)
-            self.stage.body(context, config, **inputs)
+            self.in_body = True
+            try:
+                if (reason := self._why_stop(lease)) is not None:
+                    raise StageStopped(reason)
+                self.stage.body(context, config, **inputs)
+            finally:
+                self.in_body = False
+                self._end_grace()
             timed.count()
-        if (reason := self.lost()) is not None:
-            raise LeaseLost(reason)
         try:
             self._require_planned_code()
         except StageError:
             # The body may have imported the edited source late, so that its checkpoints are not of the planned code.
             checkpoints.discard()
             raise
+
+    def _why_stop(self, lease: Lease) -> str | None:
+        """Why the body must not go on; asked between steps. A process that was stopped for long finds out by itself."""
+        if not lease.held:
+            self.lost.request(f"the lease ran out: no heartbeat was confirmed for {lease.time_to_live:.0f} s")
+        return self.stop() or self.lost()
 
     def _confirming(self, lease: Lease) -> Callable[[], None]:
         def confirm() -> None:
@@ -298,7 +320,12 @@ class _Attempt:
 
     def _on_lost(self, reason: str) -> None:
         self.lost.request(reason)
-        self.exit = self.clock.later(self.spec.time_to_live / 3, lambda: self.around.end_process(LOST_STATUS))
+        if self.in_body:
+            self.exit = self.clock.later(self.spec.time_to_live / 3, self._end_deaf_body)
+
+    def _end_deaf_body(self) -> None:
+        if self.in_body:
+            self.around.end_process(LOST_STATUS)
 
     def _end_grace(self) -> None:
         if self.exit is not None:

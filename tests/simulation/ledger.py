@@ -1,0 +1,297 @@
+"""What must never happen, whatever the schedule. Every change of the store and every step of a body is looked at.
+
+Each violation names the property it breaks:
+
+* `complete`      a record stands without one of the objects of its output, or with wrong bytes;
+* `one output`    two outputs stand, or are reported, for one key;
+* `lease`         a lease is taken from a live holder, released by another, or revived after its release; a fence repeats;
+* `stops`         a body takes a step after its lease has run out (a deaf one: later than one beat after that);
+* `pointer`       a checkpoint pointer moves under an older fence, or is remade by a worker that lost its lease long ago;
+* `no rerun`      a body runs for a key whose record stood when its worker took the lease, or was not looked up;
+* `once`          a body runs while another holds the lease, or again after one that ended well on the same machine;
+* `resume`        a body goes on from another step than the newest checkpoint, or repeats more than one interval.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from artifacts.digest import digest_bytes
+from tests.simulation.scheduler import Ended, Process, World
+
+TIME_TO_LIVE = 30.0
+BEAT = TIME_TO_LIVE / 3
+LOST_REQUESTS = 3
+"""Requests to the checkpoints that a save may have under way when it learns nothing of the loss: read, write, retry."""
+
+
+@dataclass(eq=False, slots=True)
+class Body:
+    """One run of a body, from its start or a checkpoint."""
+
+    name: str
+    key: str
+    by: Process
+    lease_taken: float
+    ended: str = ""
+    """`well`, `lost` (well, but its lease had run out by then) or `badly`; empty while it runs or if it was killed."""
+    take: object = None
+
+    def step(self, done: int, seconds: float) -> None:
+        """Take the step after `done`."""
+        ledger().step(self, done, seconds)
+
+
+@dataclass(slots=True)
+class _Lease:
+    by: Process
+    owner: str
+    fence: int
+    state: str
+    at: float
+    taken: float
+
+
+@dataclass(slots=True)
+class _Standing:
+    output: str
+    at: float
+    parts: frozenset[str]
+
+
+@dataclass(slots=True)
+class Work:
+    """What a process is doing: the key it works on, and whether its body ignores requests to stop."""
+
+    stage: str
+    key: str
+    interval: int
+    deaf: bool = False
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Everything that happened in one schedule, as far as a property needs it."""
+
+    world: World
+    objects: dict[str, tuple[bytes, str, float]] = field(default_factory=dict)
+    """The server's objects."""
+    violations: list[str] = field(default_factory=list)
+    work: dict[Process, Work] = field(default_factory=dict)
+    standing: dict[str, _Standing] = field(default_factory=dict)
+    """Action record's object -> what it says."""
+    leases: dict[str, _Lease] = field(default_factory=dict)
+    bodies: dict[str, list[Body]] = field(default_factory=lambda: defaultdict(list))
+    pointers: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Key -> step of the newest checkpoint that the pointer names."""
+    reached: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Key -> most steps that a body has taken."""
+    steps: int = 0
+    _lost: dict[tuple[Process, str], int] = field(default_factory=dict)
+    _looked: dict[tuple[Process, str], bool] = field(default_factory=dict)
+    _renewed: dict[tuple[Process, str], float] = field(default_factory=dict)
+    _fences: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def violated(self, what: str) -> None:
+        """Write down that a property does not hold."""
+        self.world.note(f"VIOLATED {what}")
+        self.violations.append(f"{what} (at {self.world.now:.3f})")
+
+    # The server's changes
+
+    def read(self, key: str, found: bool, by: Process) -> None:
+        """Somebody asked for an object."""
+        if key.startswith("v1/act/"):
+            self._looked[by, key] = found
+        elif key.startswith("v1/wip/"):
+            self._count_lost(key, by)
+
+    def changed(self, key: str, before: bytes | None, after: bytes | None, by: Process) -> None:
+        """Somebody put or deleted an object."""
+        kind = key.split("/")[1]
+        if kind == "act":
+            self._record(key, before, after)
+        elif kind in ("cas", "tree", "parts"):
+            self._part(key, after)
+        elif kind == "lease":
+            self._lease(key.split("/")[2].removesuffix(".json"), after, by)
+        elif kind == "wip":
+            self._count_lost(key, by)
+            if key.endswith("/LATEST"):
+                self._pointer(key.split("/")[2], before, after, by)
+
+    def _record(self, key: str, before: bytes | None, after: bytes | None) -> None:
+        if after is None:
+            self.standing.pop(key, None)
+            stage_key = key.split("/")[3].removesuffix(".json")
+            self.bodies.pop(stage_key, None)
+            self.reached.pop(stage_key, None)
+            return
+        output = json.loads(after)["output"]
+        if before is not None and json.loads(before)["output"] != output:
+            self.violated(f"one output: the record {key[:30]} was replaced by one of another output")
+        self.standing[key] = _Standing(output, self.world.now, frozenset(self._objects_of(output)))
+        self._check_complete(key)
+
+    def _part(self, key: str, after: bytes | None) -> None:
+        if after is not None and "/cas/" in key and digest_bytes(after) != key[-64:]:
+            self.violated(f"complete: {key[:20]} was stored with other bytes than its name says")
+        if after is None:
+            for record, standing in self.standing.items():
+                if key in standing.parts:
+                    self._check_complete(record)
+
+    def _objects_of(self, output: str) -> Iterator[str]:
+        tree = f"v1/tree/{output[:2]}/{output}"
+        yield tree
+        if tree in self.objects:
+            for _path, _size, digest in json.loads(self.objects[tree][0]):
+                yield f"v1/cas/{digest[:2]}/{digest}"
+
+    def _check_complete(self, record: str) -> None:
+        for name in self._objects_of(self.standing[record].output):
+            stored = self.objects.get(name)
+            if stored is None or digest_bytes(stored[0]) != name[-64:]:
+                self.violated(f"complete: the record {record[:30]} stands without {name[:20]}")
+
+    def _lease(self, key: str, after: bytes | None, by: Process) -> None:
+        was = self.leases.get(key)
+        if after is None:
+            if was is not None and was.state == "held":
+                self.violated("lease: a held lease was deleted")
+            self.leases.pop(key, None)
+            return
+        body = json.loads(after)
+        now, owner, fence, state = self.world.now, body["owner"], body["fence"], body["state"]
+        same = was is not None and was.owner == owner
+        if same and was.state == "free" and state == "held":
+            self.violated("lease: revived after its release")
+        if was is not None and not same:
+            if state == "free":
+                self.violated("lease: released by one who does not hold it")
+            gone = not was.by.alive and was.by.machine == by.machine
+            if was.state == "held" and now < was.at + TIME_TO_LIVE and not gone:
+                self.violated(f"lease: taken from {was.by.name}, which had {was.at + TIME_TO_LIVE - now:.1f} s left")
+            if was.state == "held":
+                self._lost[was.by, key] = 0
+        if not same and fence <= self._fences[key]:
+            self.violated(f"lease: fence {fence} was used before")
+        self._fences[key] = max(fence, self._fences[key])
+        self.leases[key] = _Lease(by, owner, fence, state, now, was.taken if same else now)
+        self._lost.pop((by, key), None)
+        if state == "held":
+            self._renewed[by, key] = now
+
+    def _pointer(self, key: str, before: bytes | None, after: bytes | None, by: Process) -> None:
+        if after is None:
+            self.pointers[key] = 0
+            return
+        body = json.loads(after)
+        if before is not None and json.loads(before)["fence"] > body["fence"]:
+            self.violated(f"pointer: moved by {by.name} under fence {body['fence']} after a claim under a later one")
+        if before is None and self._lost.get((by, key), 0) > LOST_REQUESTS:
+            self.violated(f"pointer: remade by {by.name}, which had lost its lease")
+        self.pointers[key] = body["checkpoints"][0]["step"] if body["checkpoints"] else 0
+
+    def _count_lost(self, name: str, by: Process) -> None:
+        key = name.split("/")[2]
+        if (by, key) in self._lost:
+            self._lost[by, key] += 1
+
+    # What bodies do
+
+    @contextmanager
+    def body(self, done: int) -> Iterator[Body]:
+        """A body begins, having restored the checkpoint after `done` steps."""
+        by = self.world.current
+        work = self.work[by]
+        lease = self.leases.get(work.key)
+        body = Body(f"{by.name}-{len(self.bodies[work.key])}", work.key, by, lease.taken if lease else 0.0)
+        self._check_start(body, work, done)
+        self.bodies[work.key].append(body)
+        self.world.note(f"body begins at step {done}")
+        try:
+            yield body
+        except Ended:
+            raise
+        except BaseException:
+            body.ended = "badly"
+            raise
+        body.ended = "well" if self._time_left(body) > 0 else "lost"
+        self.world.note(f"body ended {body.ended}")
+
+    def _check_start(self, body: Body, work: Work, done: int) -> None:
+        if self._time_left(body) <= 0:
+            return  # its process was stopped for long while it began; that it takes no step is looked at below
+        record = f"v1/act/{work.stage}/{work.key}.json"
+        if self._looked.get((body.by, record)) is not False:
+            self.violated("no rerun: a body runs although its record was not looked up and found missing")
+        standing = self.standing.get(record)
+        if standing is not None and standing.at < body.lease_taken:
+            self.violated("no rerun: a body runs for a key whose record stood when its worker took the lease")
+        for other in self.bodies[work.key]:
+            if other.ended == "" and other.by.alive and self._time_left(other) > 0:
+                self.violated(f"once: a body runs while that of {other.by.name} has the lease")
+            if other.ended == "well" and not other.by.alive and other.by.machine == body.by.machine and standing is None:
+                self.violated(f"once: the output that {other.by.name} left on this machine was made again")
+        if done != self.pointers[work.key]:
+            self.violated(f"resume: from step {done}, the newest checkpoint is of step {self.pointers[work.key]}")
+        if self.reached[work.key] - done > work.interval:
+            self.violated(f"resume: from step {done} after {self.reached[work.key]} steps, interval {work.interval}")
+
+    def _time_left(self, body: Body) -> float:
+        """Seconds until the lease under which a body runs has run out, as its worker knows it."""
+        if (body.by, body.key) in self._lost:
+            return 0.0
+        return self._renewed.get((body.by, body.key), -1e9) + TIME_TO_LIVE - self.world.now
+
+    def step(self, body: Body, done: int, seconds: float) -> None:
+        """A body takes a step: it lasts `seconds`, in which anything may happen."""
+        left = self._time_left(body)
+        if self.work[body.by].deaf:
+            late = min(self.world.now - max(body.by.stopped_until, self.world.resumed), -left)
+            if late > BEAT + 1.0:
+                self.violated(f"stops: a deaf body was not ended {late:.1f} s after its lease had run out")
+        elif left < 0:
+            self.violated(f"stops: a step {-left:.1f} s after the lease had run out")
+        self.steps += 1
+        self.world.wait(None, seconds)
+        self.world.point("step")
+        self.reached[body.key] = max(self.reached[body.key], done + 1)
+
+    # What workers report
+
+    def gave_up(self, process: Process) -> None:
+        """A worker ends itself because its lease was lost: what its body left is not kept."""
+        for body in self.bodies[self.work[process].key]:
+            if body.by is process:
+                body.ended = "lost"
+
+    def reported(self, stage: str, key: str, output: str, by: Process) -> None:
+        """A worker says that the stage is done."""
+        standing = self.standing.get(f"v1/act/{stage}/{key}.json")
+        if standing is None or standing.output != output:
+            self.violated(f"one output: {by.name} reports an output that does not stand for the key")
+
+    def check_end(self) -> None:
+        """After the last process has ended."""
+        for record in self.standing:
+            self._check_complete(record)
+
+
+_LEDGER: list[Ledger] = []
+
+
+def ledger() -> Ledger:
+    """The ledger of the simulation that is running."""
+    return _LEDGER[-1]
+
+
+def open_ledger(new: Ledger) -> Ledger:
+    """Make `new` the ledger of the simulation that is running."""
+    _LEDGER[:] = [new]
+    return new

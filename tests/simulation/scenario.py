@@ -1,0 +1,325 @@
+"""One schedule: which processes there are, what goes wrong, and how it has to end. Everything follows from the seed.
+
+Workers run a small graph of stages on one to three machines and are started again when they end before their time, until
+the accidents are used up. Then a fresh worker on a machine of its own has to finish every key within a bounded time,
+whatever the others left behind, and processes that were stopped all along wake up and find that they are no longer needed.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+from unittest import mock
+
+from artifacts import intent, lease, scratch
+from artifacts.digest import digest_bytes
+from artifacts.errors import StoreError
+from artifacts.store import Store
+from tasks.worker import Spec, Stop, Surroundings, execute
+from tests.simulation.ledger import TIME_TO_LIVE, Ledger, Work, open_ledger
+from tests.simulation.scheduler import Process, SimulatedClock, Turns, World, enter
+from tests.simulation.server import Server, SimulatedBackend
+from tests.simulation.stages import CountingConfig
+
+ACCIDENTS = ("kill", "stop", "long stop", "clock jumps", "asked to stop")
+FAULTS = ("slow", "error", "lost reply", "sent twice", "late", "refused")
+WRITES = ("put", "create", "swap", "delete")
+CLOCK = SimulatedClock()
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One stage of the graph."""
+
+    name: str
+    config: CountingConfig
+    above: tuple[str, ...]
+    deaf: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a seed makes of a schedule."""
+
+    nodes: list[Node]
+    machines: int
+    workers: int
+    restarts: int
+    switch: float
+    rates: dict[str, float]
+    """Chance of each accident at a point, and of each fault at a request; absent ones never happen."""
+    budget: int
+    """Accidents and faults together."""
+
+
+@dataclass(slots=True)
+class Result:
+    """How a schedule ended."""
+
+    seed: int
+    violations: list[str]
+    counts: Counter[str]
+    trace: list[str] = field(default_factory=list)
+
+
+def plan(seed: int) -> Plan:
+    """The plan of a seed. One schedule in six is calm; the others have some kinds of accident often and the rest never."""
+    rng = Random(f"plan {seed}")
+    nodes: list[Node] = []
+    for index in range(rng.choice((1, 1, 2, 3))):
+        steps = rng.randint(1, 7)
+        config = CountingConfig(
+            seed=index,
+            steps=steps,
+            interval=rng.randint(1, 4),
+            seconds=rng.choice((0.5, 4.0, 12.0)),
+            exact=rng.random() < 0.6,
+        )
+        above = tuple(node.name for node in nodes if rng.random() < 0.5)
+        nodes.append(Node(f"n{index}", config, above, rng.random() < 0.15))
+    calm = rng.random() < 1 / 6
+    kinds = [kind for kind in (*ACCIDENTS, *FAULTS) if rng.random() < 0.4]
+    return Plan(
+        nodes=nodes,
+        machines=rng.randint(1, 3),
+        workers=rng.randint(1, 4),
+        restarts=rng.randint(0, 4),
+        switch=rng.choice((0.05, 0.3, 0.9)),
+        rates={} if calm else {kind: rng.choice((0.003, 0.01, 0.04)) for kind in kinds},
+        budget=rng.randint(1, 12),
+    )
+
+
+class Schedule:
+    """A world made from a plan, run to its end."""
+
+    def __init__(self, seed: int, folder: Path, *, trace: bool = False) -> None:
+        self.plan = plan(seed)
+        self.world = World(seed, Turns(self.plan.switch, self._accident), trace=trace)
+        self.ledger = open_ledger(Ledger(self.world))
+        server = Server(self.world, self.ledger, self.ledger.objects)
+        self.store = Store(SimulatedBackend(self.world, server, self._fault), clock=CLOCK, at_once=1)
+        self.folder = folder
+        self.rng = Random(f"accidents {seed}")
+        self.left = self.plan.budget
+        self.restarts = self.plan.restarts
+        self.finished: list[Process] = []
+        self.stops: dict[Process, Stop] = {}
+        self.skews = [0.0, *(self.rng.uniform(-600, 600) for _ in range(self.plan.machines))]
+
+    def run(self) -> None:
+        """Everything until nobody is left, and the properties of the end."""
+        for _ in range(self.plan.workers):
+            self._start_worker(self.rng.uniform(0, 20) if self.rng.random() < 0.5 else 0.0)
+        busy = lambda: any(p.alive and p.stopped_until <= self.world.now for p in self.world.processes)  # noqa: E731
+        self.world.run(until=lambda: not busy(), before=4000.0)
+        self.left = 0
+        begun = self.world.now
+        last = self._start_worker(0.0, machine="fresh")
+        bound = sum(node.config.steps * node.config.seconds + 2 * TIME_TO_LIVE + 30 for node in self.plan.nodes)
+        self.world.run(until=lambda: not last.alive, before=begun + bound)
+        if last not in self.finished:
+            self.ledger.violated(f"no person: a fresh worker did not finish within {bound:.0f} s of the last accident")
+        self.world.run()
+        self.ledger.check_end()
+        for crash in self.world.crashes:
+            self.ledger.violated(f"crash: {crash}")
+        self._check_calm()
+
+    def _check_calm(self) -> None:
+        if self.plan.rates:
+            return
+        for key, bodies in self.ledger.bodies.items():
+            if len(bodies) != 1:
+                self.ledger.violated(f"once: nothing went wrong, and {len(bodies)} bodies ran for {key[:8]}")
+
+    # Processes
+
+    def _start_worker(self, delay: float, machine: str = "") -> Process:
+        number = self.rng.randrange(self.plan.machines) + 1
+        name = f"w{len(self.world.processes)}"
+        made = self.world.process(
+            name,
+            machine or f"m{number}",
+            lambda: self._work(made),
+            delay=delay,
+            skew=0.0 if machine else self.skews[number],
+        )
+        made.on_end = lambda: self._ended(made)
+        self.stops[made] = Stop()
+        return made
+
+    def _ended(self, process: Process) -> None:
+        if process not in self.finished and self.restarts > 0 and self.left > 0:
+            self.restarts -= 1
+            self._start_worker(self.rng.uniform(0.0, 90.0))
+
+    def _work(self, process: Process) -> None:
+        """The life of a worker: every stage of the graph in turn, as a run does it."""
+        outputs: dict[str, str] = {}
+        for node in self.plan.nodes:
+            spec = self._spec(node, outputs, process)
+            self.ledger.work[process] = Work("counting", spec.key, node.config.interval, node.deaf)
+            message = self._execute(spec, process, node.deaf)
+            self.world.note(f"{node.name}: {message['event']} {message.get('message', '')}")
+            if message["event"] != "done":
+                self.world.counts[f"workers that {message['event']}"] += 1
+                return
+            self.ledger.reported("counting", spec.key, message["output"], process)
+            outputs[node.name] = message["output"]
+        try:
+            self.store.put_run({"experiment": "e", "complete": True, "nodes": outputs, "config": {}})
+        except StoreError:
+            return
+        self.finished.append(process)
+        self.world.counts["workers that finished"] += 1
+
+    def _execute(self, spec: Spec, process: Process, deaf: bool) -> dict[str, Any]:
+        messages: list[dict[str, Any]] = []
+
+        def send(message: dict[str, Any]) -> None:
+            messages.append(message)
+
+        around = Surroundings(
+            clock=CLOCK,
+            open_store=lambda url: self.store,
+            require_code=lambda spec, stage: None,
+            end_process=lambda status: self._exit(process),
+        )
+        execute(spec, send, self.stops[process], around)
+        return messages[-1]
+
+    def _exit(self, process: Process) -> None:
+        self.world.counts["ended themselves"] += 1
+        self.ledger.gave_up(process)
+        self.world.end(process)
+
+    def _spec(self, node: Node, outputs: dict[str, str], process: Process) -> Spec:
+        config = node.config.model_dump(mode="json")
+        inputs = {name: outputs[name] for name in node.above}
+        payload = {"algorithm": 1, "stage": "counting", "code": "0" * 64, "config": config, "inputs": inputs}
+        return Spec(
+            store="memory://simulation",
+            node=node.name,
+            module="tests.simulation.stages",
+            attribute="counting",
+            config=config,
+            inputs=inputs,
+            payload=payload,
+            symbols={},
+            scratch=str(self.folder / process.machine),
+            time_to_live=TIME_TO_LIVE,
+            checkpoint_seconds=0.0,
+        )
+
+    # Accidents
+
+    def _accident(self, process: Process, label: str) -> None:
+        kind = self._draw(ACCIDENTS)
+        if kind is None:
+            return
+        self.world.counts[kind] += 1
+        self.world.note(f"** {kind} at {label[:60]}")
+        if kind == "kill":
+            self.world.end(process)
+        elif kind == "stop":
+            process.stopped_until = self.world.now + self.rng.uniform(1.0, 3 * TIME_TO_LIVE)
+        elif kind == "long stop":
+            process.stopped_until = self.world.now + self.rng.uniform(100.0, 1500.0)
+        elif kind == "clock jumps":
+            self.world.now += self.rng.uniform(1.0, 2 * TIME_TO_LIVE)
+            self.world.resumed = self.world.now
+        else:
+            self.stops[process].request("SIGTERM")
+
+    def _fault(self, verb: str, key: str) -> str | None:
+        kind = self._draw(FAULTS)
+        if kind in ("lost reply", "sent twice", "late") and verb not in WRITES:
+            kind = None
+        if kind == "refused" and verb not in ("create", "swap"):
+            kind = None
+        if kind is not None:
+            self.world.counts[kind] += 1
+        return kind
+
+    def _draw(self, kinds: tuple[str, ...]) -> str | None:
+        if self.left <= 0 or not self.plan.rates:
+            return None
+        roll = self.rng.random()
+        for kind in kinds:
+            rate = self.plan.rates.get(kind, 0.0)
+            if roll < rate:
+                self.left -= 1
+                return kind
+            roll -= rate
+        return None
+
+
+@contextmanager
+def simulated_machine(seed: int) -> Iterator[Path]:
+    """Names, processes and the temporary folder of the code under test follow from the seed, and nothing else does."""
+    from tests.simulation.scheduler import world
+
+    names = Random(f"names {seed}")
+    state = random.getstate()
+    random.seed(seed)
+
+    def this_process() -> dict[str, object]:
+        return world().current.identity
+
+    def is_gone(holder: dict[str, object]) -> bool:
+        here = world().current
+        same = [p for p in world().processes if p.identity == holder]
+        return holder.get("machine") == here.machine and bool(same) and not same[0].alive
+
+    folder = Path(tempfile.mkdtemp(prefix="simulation-", dir=_memory_folder()))
+    fakes = {"this_process": this_process, "is_gone": is_gone}
+    try:
+        with mock.patch.object(uuid, "uuid4", lambda: uuid.UUID(int=names.getrandbits(128), version=4)):
+            with mock.patch.multiple(lease, **fakes), mock.patch.multiple(scratch, **fakes):
+                with mock.patch.object(intent, "is_gone", is_gone):
+                    yield folder
+    finally:
+        random.setstate(state)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@cache
+def _memory_folder() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def run_schedule(seed: int, *, trace: bool = False, inspect: Callable[[Schedule], None] = lambda s: None) -> Result:
+    """Run the schedule of `seed` to its end."""
+    with simulated_machine(seed) as folder:
+        schedule = Schedule(seed, folder, trace=trace)
+        enter(schedule.world)
+        try:
+            schedule.run()
+            inspect(schedule)
+        except Exception as error:  # noqa: BLE001 - an error in a schedule is a finding with a seed
+            schedule.ledger.violated(f"crash: {type(error).__name__}: {error}")
+            if trace:
+                raise
+        finally:
+            schedule.world.close()
+        world = schedule.world
+        world.counts["bodies"] += sum(len(bodies) for bodies in schedule.ledger.bodies.values())
+        world.counts["steps"] += schedule.ledger.steps
+        return Result(seed, schedule.ledger.violations, world.counts, world.trace or [])
+
+
+def fingerprint(result: Result) -> str:
+    """Digest of everything that happened in a traced schedule."""
+    return digest_bytes("\n".join(result.trace).encode())
+

@@ -14,26 +14,24 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from artifacts import scratch
 from artifacts.checkpoints import StoredCheckpoints
-from artifacts.clock import SYSTEM, Clock, Timer
+from artifacts.clock import Clock, Timer
 from artifacts.errors import Damaged, LeaseLost, StoreError, StoreUnavailable
 from artifacts.lease import TIME_TO_LIVE, Heartbeat, Lease, wait_for
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, Tree, new_record
-from tasks.identity import CodeReader
 from tasks.stage import Stage, StageContext, StageError, StageStopped
+from tasks.surroundings import Surroundings, environment
 
 COMMIT_ATTEMPTS = 5
 """Times that a commit is tried, with doubling pauses from one second, while the store does not answer."""
@@ -88,30 +86,6 @@ class Stop:
 
     def __call__(self) -> str | None:
         return self.reason
-
-
-def require_planned_code(spec: Spec, stage: Stage) -> None:
-    """Refuse to run code that is not the code in the key: the source may have been edited since the run was planned."""
-    package = spec.module.partition(".")[0]
-    now = CodeReader(packages=tuple({"tasks", "artifacts", package})).stage(stage)
-    if now.digest != spec.payload["code"]:
-        symbols = now.symbols.keys() | spec.symbols.keys()
-        changed = sorted(s for s in symbols if now.symbols.get(s) != spec.symbols.get(s))
-        raise StageError(
-            f"{spec.node}: the source changed since this run was planned ({', '.join(changed[:3])}); "
-            "run the same command again, and it is planned anew"
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What a worker takes from the machine it runs on. A simulation gives it others."""
-
-    clock: Clock = SYSTEM
-    open_store: Callable[[str], Store] = Store.open
-    require_code: Callable[[Spec, Stage], None] = require_planned_code
-    end_process: Callable[[int], object] = os._exit
-    """Ends this process at once, whatever it is doing."""
 
 
 @dataclass(slots=True)
@@ -280,22 +254,7 @@ class _Attempt:
         pause = 1.0
         for attempt in range(1, COMMIT_ATTEMPTS + 1):
             try:
-                tree: Tree = self.store.put_tree(out)
-                return self.store.commit(
-                    new_record(
-                        stage=self.stage.name,
-                        key=self.spec.key,
-                        payload=self.spec.payload,
-                        node=self.spec.node,
-                        output=tree.digest,
-                        size=tree.size,
-                        fence=lease.fence,
-                        symbols=self.spec.symbols,
-                        environment=environment(self.spec),
-                        seconds=round(seconds, 3),
-                        finished=round(self.clock.time(), 3),
-                    )
-                )
+                return self.store.publish(out, lambda tree: self._record(tree, seconds, lease))
             except StoreUnavailable as error:
                 if attempt == COMMIT_ATTEMPTS or self.stop():
                     raise StoreUnavailable(
@@ -307,6 +266,21 @@ class _Attempt:
                 self.clock.sleep(pause)
                 pause *= 2
         raise AssertionError("unreachable")
+
+    def _record(self, tree: Tree, seconds: float, lease: Lease) -> Record:
+        return new_record(
+            stage=self.stage.name,
+            key=self.spec.key,
+            payload=self.spec.payload,
+            node=self.spec.node,
+            output=tree.digest,
+            size=tree.size,
+            fence=lease.fence,
+            symbols=self.spec.symbols,
+            environment=environment(self.spec),
+            seconds=round(seconds, 3),
+            finished=round(self.clock.time(), 3),
+        )
 
     def _lookup(self) -> Record | None:
         return self.store.lookup(self.stage.name, self.spec.key)
@@ -386,39 +360,6 @@ def load_stage(spec: Spec) -> Stage:
     if not isinstance(found, Stage):
         raise StageError(f"{spec.node}: {spec.module}.{spec.attribute} is not a declared stage")
     return found
-
-
-def environment(spec: Spec) -> dict[str, Any]:
-    """What a person needs to know about where a stage ran. Recorded beside the result, never part of its key."""
-    import platform
-
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "host": platform.node(),
-        "machine": platform.machine(),
-        "device": spec.device,
-        "threads": spec.threads,
-        "versions": dict(_versions()),
-    }
-    if (torch := sys.modules.get("torch")) is not None:
-        # Results are bit-equal for one instruction set: kernels differ between AVX2 and AVX-512.
-        found["instructions"] = torch.backends.cpu.get_cpu_capability()
-        if spec.device != "cpu":
-            found["accelerator"] = torch.cuda.get_device_name()
-    return found
-
-
-@cache
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for name in ("torch", "transformers", "trl", "peft", "datasets", "pyarrow"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def _done(record: Record, *, executed: bool) -> dict[str, Any]:

@@ -236,7 +236,12 @@ class Ledger:
         for other in self.bodies[work.key]:
             if other.ended == "" and other.by.alive and self._time_left(other) > 0:
                 self.violated(f"once: a body runs while that of {other.by.name} has the lease")
-            if other.ended == "well" and not other.by.alive and other.by.machine == body.by.machine and standing is None:
+            if (
+                other.ended == "well"
+                and not other.by.alive
+                and other.by.machine == body.by.machine
+                and standing is None
+            ):
                 self.violated(f"once: the output that {other.by.name} left on this machine was made again")
         if done != self.pointers[work.key]:
             self.violated(f"resume: from step {done}, the newest checkpoint is of step {self.pointers[work.key]}")

@@ -322,4 +322,3 @@ def run_schedule(seed: int, *, trace: bool = False, inspect: Callable[[Schedule]
 def fingerprint(result: Result) -> str:
     """Digest of everything that happened in a traced schedule."""
     return digest_bytes("\n".join(result.trace).encode())
-

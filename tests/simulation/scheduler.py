@@ -114,7 +114,9 @@ class World:
 
     # From outside: starting processes and letting time pass
 
-    def process(self, name: str, machine: str, life: Callable[[], None], *, delay: float = 0.0, skew: float = 0.0) -> Process:
+    def process(
+        self, name: str, machine: str, life: Callable[[], None], *, delay: float = 0.0, skew: float = 0.0
+    ) -> Process:
         """A new process on `machine`, which begins `life` after `delay` seconds."""
         made = Process(name, machine, 100 + len(self.processes), skew)
         self.processes.append(made)

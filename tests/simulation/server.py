@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, wrong_size
 from artifacts.digest import digest_bytes
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
-from tests.simulation.scheduler import EPOCH, Ended, Process, World
+from tests.simulation.scheduler import EPOCH, Process, World
 
 PAGE = 7
 """Objects per page of a listing: between two pages anything may happen."""
@@ -70,9 +70,8 @@ class Server:
 
 
 def short(key: str) -> str:
-    """A key as a person reads it in a trace: long hexadecimal names are cut."""
-    parts = (part if len(part) < 40 else part[:8] + ("" if "." not in part else "." + part.rpartition(".")[2]) for part in key.split("/"))
-    return "/".join(parts)
+    """A key as a person reads it in a trace: long names are cut."""
+    return "/".join(part if len(part) < 40 else part[:8] for part in key.split("/"))
 
 
 class SimulatedBackend:
@@ -121,9 +120,12 @@ class SimulatedBackend:
         data = self.get(key).data
         if size is not None and len(data) != size:
             raise wrong_size(key, self.url, size, len(data))
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb" if offset is None else "r+b") as file:
-            file.seek(offset or 0)
-            file.write(data)
+        if offset is None:
+            path.write_bytes(data)
+        else:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+                file.seek(offset)
+                file.write(data)
         if progress is not None:
             progress(len(data))
         return digest_bytes(data)

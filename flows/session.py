@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from artifacts.intent import wait_until_spared
+from artifacts.mark import record_key
 from artifacts.record import Record
 from artifacts.store import Store
 from flows.execute import Outcome
@@ -34,20 +37,24 @@ class Study:
         """Resolve every node against the store."""
         return Planner(self.graph, self.store, hints=hints_for(self.store.backend.url)).plan(explain=explain)
 
-    def remember(self, outcomes: dict[str, Outcome]) -> None:
-        """Note in the store what this run consisted of, so that its outputs can be found by name."""
+    def describe(self, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+        """What a run consisted of, as it is noted in the store."""
         nodes = {
             name: {"stage": outcome.stage, "key": outcome.key, "output": outcome.output}
             for name, outcome in outcomes.items()
         }
-        self.store.put_run(
-            {
-                "experiment": self.experiment.name,
-                "config": self.experiment.model_dump(mode="json"),
-                "nodes": nodes,
-                "complete": len(nodes) == len(self.graph),
-            }
-        )
+        return {
+            "experiment": self.experiment.name,
+            "config": self.experiment.model_dump(mode="json"),
+            "nodes": nodes,
+            "complete": len(nodes) == len(self.graph),
+        }
+
+    def remember(self, outcomes: dict[str, Outcome]) -> None:
+        """Note in the store what this run consisted of, so that its outputs can be found by name, and are kept."""
+        self.store.put_run(self.describe(outcomes))
+        records = frozenset(record_key(outcome.stage, outcome.key) for outcome in outcomes.values())
+        wait_until_spared(self.store.backend, records)
 
 
 def open_study(config: str | Path, store: str | None = None, overrides: list[str] | None = None) -> Study:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifacts.backend import Backend
-from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest, parse_canonical
+from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest, parse_canonical, seal, unseal
 from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError, TooLarge
 from artifacts.trees import File, check_files
 
@@ -103,7 +103,7 @@ class StoredCheckpoints:
         except TooLarge as error:
             return error.etag, [], 0
         try:
-            body = parse_canonical(stored.data)
+            body = unseal(stored.data)
             pointers = [{k: p[k] for k in ("name", "step", "digest")} for p in body["checkpoints"]]
             if not all(NAME.fullmatch(p["name"]) and is_digest(p["digest"]) for p in pointers[:KEPT]):
                 raise ValueError("a name or digest is malformed")
@@ -120,7 +120,7 @@ class StoredCheckpoints:
             if fence > self.fence:
                 raise LeaseLost(f"a later worker (fence {fence}) writes the checkpoints of {self.key[:12]} now")
             kept = pointers if newest is None else [newest, *pointers[: KEPT - 1]]
-            body = canonical_json({"fence": self.fence, "checkpoints": kept})
+            body = seal({"fence": self.fence, "checkpoints": kept})
             try:
                 if etag is None:
                     self.backend.put(f"{self._root}/LATEST", body, if_absent=True)

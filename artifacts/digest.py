@@ -91,6 +91,31 @@ def parse_canonical(data: bytes) -> Any:
     return value
 
 
+def seal(body: Mapping[str, Any]) -> bytes:
+    """The canonical form of `body` with its own digest in it, as `check`: for objects that their name does not verify."""
+    check = digest_bytes(canonical_json(body))
+    return canonical_json({**body, "check": check})
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The body that `seal` wrote. One without a `check` is taken as it is.
+
+    Raises:
+        ValueError: `data` is not the canonical form of an object, or its check does not match.
+    """
+    body = parse_canonical(data)
+    if not isinstance(body, dict):
+        raise ValueError("not an object")
+    check = body.pop("check", None)
+    if check is None:
+        return body
+    # The canonical form of the rest is these bytes without that field, and need not be made again.
+    rest = data.replace(b'"check":' + _encode(check) + b",", b"", 1)
+    if check not in (digest_bytes(rest), digest_bytes(_encode(body))):
+        raise ValueError("its check does not match: some byte of it was changed")
+    return body
+
+
 def _encode(value: Any) -> bytes:
     return _ENCODER.encode(value).encode()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from artifacts.digest import canonical_json, digest_bytes, is_digest, parse_canonical
+from artifacts.digest import canonical_json, digest_bytes, is_digest, seal, unseal
 from artifacts.errors import Damaged
 
 ALGORITHM = 1
@@ -44,10 +44,12 @@ class Record:
     """Wall time of the body, summed over interrupted attempts where known."""
     finished: float = 0.0
     """When it was committed, Unix seconds."""
+    equivalent: dict[str, Any] | None = None
+    """Where a person has declared this run equivalent to another: `key` of that one's record, `because`, `by`, `at`."""
 
     def encode(self) -> bytes:
         """JSON bytes of the record."""
-        return canonical_json({"schema": 1, **asdict(self)})
+        return seal({"schema": 1, **{name: value for name, value in asdict(self).items() if value is not None}})
 
     @staticmethod
     def decode(data: bytes, stage: str, key: str) -> Record:
@@ -61,7 +63,7 @@ class Record:
         if len(data) > MAX_RECORD_BYTES:
             raise Damaged(f"{where}: {len(data)} bytes, expected at most {MAX_RECORD_BYTES}", record=this)
         try:
-            fields = parse_canonical(data)
+            fields = unseal(data)
             if fields.pop("schema") != 1:
                 raise ValueError("unknown schema")
             record = Record(**fields)
@@ -98,6 +100,11 @@ def _is_environment(value: dict[str, Any]) -> bool:
     return isinstance(versions, dict) and all(isinstance(v, str) and _is_text(v) for v in [*versions.values(), *texts])
 
 
+def _is_equivalence(value: dict[str, Any]) -> bool:
+    texts = [value.get("because"), value.get("by")]
+    return is_digest(value.get("key")) and all(isinstance(t, str) and _is_text(t) for t in texts)
+
+
 _FIELDS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {
     "stage": ((str,), is_stage),
     "key": ((str,), is_digest),
@@ -111,6 +118,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {
     "environment": ((dict,), _is_environment),
     "seconds": ((int, float), lambda seconds: 0 <= seconds < 1e10),
     "finished": ((int, float), lambda finished: 0 <= finished < 1e11),
+    "equivalent": ((dict, type(None)), lambda value: value is None or _is_equivalence(value)),
 }
 
 

@@ -168,7 +168,10 @@ def open_backend(url: str) -> Backend:
                 f"store {url!r}: {bucket!r} is not a bucket's name (3 to 63 lower-case letters, digits, '.' and '-'); "
                 "expected s3://bucket/prefix"
             )
+        from artifacts.redact import guard_logs
         from artifacts.s3 import S3Backend
+
+        guard_logs()
 
         return S3Backend(rest)
     if scheme == "memory":

@@ -27,6 +27,7 @@ from blake3 import blake3
 from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, wrong_size
 from artifacts.errors import NotFound, StoreError, StoreUnavailable, TooLarge
 from artifacts.parts import MAX_PARTS, PART_BYTES, Part, Transfer, split
+from artifacts.redact import harmless
 from artifacts.retry import BRIEF, PATIENT, Patience, persist
 from artifacts.s3_client import AT_ONCE, Connection
 from artifacts.s3_errors import is_of_client, may_pass, reply_of, translate
@@ -169,7 +170,7 @@ class S3Backend:
         except Exception as error:
             if isinstance(error, StoreError) or not is_of_client(error):
                 raise
-            raise translate(error, self.url, key, verb) from error
+            raise translate(error, self.url, key, verb) from harmless(error)
 
     def _call(self, verb: str, method: str, key: str | None, *, patience: Patience = BRIEF, **arguments: Any) -> Any:
         if key is not None:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from artifacts.errors import StoreUnavailable
+from artifacts.redact import remember
 
 DEFAULT_REGION = "us-east-1"
 CONNECT_SECONDS = 5
@@ -57,9 +58,15 @@ class Connection:
         return self._made[name]
 
     def _session(self) -> Any:
+        return self._once("session", self._new_session)
+
+    def _new_session(self) -> Any:
         import botocore.session
 
-        return self._once("session", botocore.session.get_session)
+        session = botocore.session.get_session()
+        if (credentials := session.get_credentials()) is not None:
+            _current(credentials)
+        return session
 
     def _new_client(self) -> Any:
         from botocore.config import Config
@@ -122,6 +129,7 @@ class Connection:
 def _current(credentials: Any) -> dict[str, Any]:
     """Botocore's credentials, renewed if need be, in obstore's form."""
     frozen = credentials.get_frozen_credentials()
+    remember(frozen.access_key, frozen.secret_key, frozen.token)
     return {
         "access_key_id": frozen.access_key,
         "secret_access_key": frozen.secret_key,

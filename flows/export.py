@@ -38,6 +38,7 @@ def export_tree(store: Store, digest: str, folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         store.materialise(digest, partial)
+        _make_plain(partial)
         _make_own(partial)
         if folder.exists():
             folder.rmdir()
@@ -115,6 +116,21 @@ def _make_own(folder: Path) -> None:
         copy = path.with_name(f".{uuid.uuid4().hex}")
         shutil.copyfile(path, copy)
         copy.replace(path)
+
+
+def _make_plain(folder: Path) -> None:
+    """Turn a model that is stored as a base and adapters into an ordinary model directory, merged; the adapters stay beside."""
+    if (folder / "adapters").is_dir() and (folder / "config.json").is_file():
+        from tasks.adapters import ADAPTERS, merge
+
+        merged = folder.with_name(f"{folder.name}.merged")
+        try:
+            merge(folder, merged)
+            (folder / ADAPTERS).rename(merged / ADAPTERS)
+            shutil.rmtree(folder)
+            merged.rename(folder)
+        finally:
+            shutil.rmtree(merged, ignore_errors=True)
 
 
 def _cost(record: Record) -> dict[str, object]:

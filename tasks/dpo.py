@@ -56,7 +56,7 @@ def dpo(context: StageContext, config: DPOTreatmentConfig, model: Path, preferen
     )
     require_fresh_reference(trainer.model, trainer.ref_model, tokenizer, rows[:4])
     history = run_trainer(context, trainer, config.steps)
-    save_model(trainer.model, tokenizer, context.out)
+    save_model(trainer.model, tokenizer, context.out, start=model)
     write_json(context.out / "metrics.json", {"curve": curve(history), "pairs": len(rows)})
 
 

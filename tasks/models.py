@@ -1,11 +1,12 @@
 """Model directories: how every stage loads one, and how every stage leaves one.
 
-A model artifact is a complete, plain Hugging Face directory: weights, config and tokenizer, with nothing left to resolve
-elsewhere. Stages always start from such a directory, because trainers that need a frozen reference re-read it from the
-path the model was loaded from, and a model that exists only in memory would silently get a stale one.
+A model artifact is complete, with nothing left to resolve elsewhere: weights, config and tokenizer, as a plain Hugging Face
+directory or, after LoRA, with the base's weights and the adapters side by side (see `tasks.adapters`). Stages always start
+from a plain directory on disk, because trainers that need a frozen reference re-read it from the path the model was loaded
+from, and a model that exists only in memory would silently get a stale one: adapters are merged into such a directory first.
 
-Invariants: fp32 on load; safetensors only, no pickle and no remote code; LoRA is merged in fp32, with the adapter kept
-beside in `adapter/`; the same weights give the same bytes, whatever the path they were loaded from and PYTHONHASHSEED.
+Invariants: fp32 on load; safetensors only, no pickle and no remote code; LoRA is stored as an adapter and merged in fp32;
+the same weights give the same bytes, whatever the path they were loaded from and PYTHONHASHSEED.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
+from tasks.adapters import plain, save_adapted
 from tasks.stage import StageConfig, StageError
 
 
@@ -43,7 +45,7 @@ def load_model(directory: Path, device: str = "cpu") -> tuple[Any, Any]:
             f"{directory}: expected a model directory with config.json, found none. Check the stage's input."
         )
     check_plain(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **SAFE)
+    model = AutoModelForCausalLM.from_pretrained(plain(directory), dtype=torch.float32, **SAFE)
     return model.to(device), load_tokenizer(directory)
 
 
@@ -112,18 +114,22 @@ def apply_lora(model: Any, settings: LoraSettings, seed: int = 0, task_type: str
     return get_peft_model(model, lora_config(settings, task_type))
 
 
-def save_model(model: Any, tokenizer: Any, out: Path) -> None:
+def save_model(model: Any, tokenizer: Any, out: Path, start: Path | None = None) -> None:
     """Leave `model` and `tokenizer` in `out` as a complete model artifact, byte for byte reproducible.
 
-    A LoRA model is saved as `adapter/` first, then merged (in place) and saved as a plain model.
+    A LoRA model is stored as its adapter beside the weights of `start`, the directory that it was loaded from.
+
+    Raises:
+        StageError: the adapter is not all that differs from `start`.
     """
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
-        model.save_pretrained(out / "adapter", safe_serialization=True)
-        (out / "adapter" / "README.md").unlink(missing_ok=True)
-        model = model.merge_and_unload()
-    model.save_pretrained(out)
+        if start is None:
+            raise ValueError("save_model: a LoRA model needs start, the directory that it was loaded from")
+        save_adapted(model, start, out)
+    else:
+        model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     make_reproducible(out)
 

@@ -155,7 +155,7 @@ def train_ppo(context: StageContext, config: PPOConfig, model: Path, pools: list
             context.save_checkpoint(step + 1, save_state(learner, history, context.work / "checkpoint"))
             if context.should_stop():
                 context.stop()
-    save_model(learner.policy, tokenizer, context.out)
+    save_model(learner.policy, tokenizer, context.out, start=model)
     sizes = {pool.name: len(pool.prompts) for pool in pools}
     write_json(context.out / "metrics.json", {"curve": curve(history), "last": history[-1], "prompts": sizes})
     write_curve(context.out / "curve.parquet", history)

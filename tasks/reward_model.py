@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
+from tasks.adapters import plain
 from tasks.chat import render_exchange
 from tasks.models import SAFE, apply_lora, load_tokenizer, save_model, write_json
 from tasks.preferences import as_messages, read_preferences
@@ -57,7 +58,7 @@ def reward_model(context: StageContext, config: RewardModelConfig, model: Path, 
     )
     history = run_trainer(context, trainer, config.steps)
     measured = measure(trainer.model, tokenizer, held_out)
-    save_model(trainer.model, tokenizer, context.out)
+    save_model(trainer.model, tokenizer, context.out, start=model)
     write_json(context.out / "metrics.json", {"curve": curve(history), "pairs": len(train_rows), **measured})
 
 
@@ -77,7 +78,9 @@ def new_scorer(directory: Path, seed: int, device: str) -> tuple[Any, Any]:
 
     tokenizer = load_tokenizer(directory)
     set_seed(seed)
-    scorer = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32, **SAFE)
+    scorer = AutoModelForSequenceClassification.from_pretrained(
+        plain(directory), num_labels=1, dtype=torch.float32, **SAFE
+    )
     scorer.config.pad_token_id = tokenizer.pad_token_id
     return scorer.to(device), tokenizer
 
@@ -136,6 +139,6 @@ def load_reward_model(directory: Path, device: str) -> tuple[Any, Any, float, fl
         raise StageError(f"{directory}: expected a reward model with metrics.json, found none. Check the reward input.")
     tokenizer = load_tokenizer(directory)
     recorded = json.loads(metrics.read_text(encoding="utf-8"))
-    scorer = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, **SAFE)
+    scorer = AutoModelForSequenceClassification.from_pretrained(plain(directory), dtype=torch.float32, **SAFE)
     scorer = scorer.to(device).eval()
     return scorer, tokenizer, float(recorded["score_mean"]), max(float(recorded["score_deviation"]), 1e-6)

@@ -57,7 +57,7 @@ def fine_tune(context: StageContext, config: TrainingConfig, model: Path, exampl
         processing_class=tokenizer,
     )
     history = run_trainer(context, trainer, config.steps)
-    save_model(trainer.model, tokenizer, context.out)
+    save_model(trainer.model, tokenizer, context.out, start=model)
     write_json(context.out / "metrics.json", {"curve": curve(history), "examples": len(examples)})
 
 

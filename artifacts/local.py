@@ -293,11 +293,13 @@ class LocalBackend:
 
     def _explain(self, key: str, verb: str, error: OSError) -> str:
         reason = error.strerror or str(error)
+        if isinstance(error.filename, str) and not error.filename.startswith(self.url):
+            reason = f"{error.filename}: {reason}"
         advice = "check its permissions and free space, or name another store with --store"
         return f"cannot {verb} {key} in the store {self.url}: {reason}; {advice}"
 
     def _listing_error(self, error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise StoreUnavailable(f"cannot list {error.filename} in the store {self.url}: {error.strerror}") from error
 
 

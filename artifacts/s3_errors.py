@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from artifacts.errors import Conflict, NotFound, StoreError, StoreUnavailable
+from artifacts.errors import Conflict, NotFound, NotSupported, StoreError, StoreUnavailable
 
 PASSING_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
 """409 is how S3 says that another conditional write of the same key was under way: neither of the two answers."""
@@ -77,6 +77,8 @@ def translate(error: Exception, url: str, key: str, verb: str) -> StoreError:
     if reply.code == "NoSuchBucket":
         bucket = url.removeprefix("s3://").partition("/")[0]
         return StoreUnavailable(f"the bucket {bucket!r} of the store {url} does not exist; create it first")
+    if reply.status == 501:
+        return NotSupported(f"the store {url} does not implement what was asked for {key}")
     reason = f"HTTP {reply.status} {reply.code}".strip() if reply.status else _without_address(error)
     return StoreUnavailable(f"cannot {verb} {key} in the store {url}: {reason}; {_advice(error, reply)}")
 

@@ -17,6 +17,7 @@ from artifacts.clock import SYSTEM, Clock
 from artifacts.digest import canonical_json, digest_bytes, is_digest, parse_canonical
 from artifacts.download import download, read_file, wrong_objects
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, TooLarge
+from artifacts.probe import check
 from artifacts.record import MAX_RECORD_BYTES, Record, is_stage
 from artifacts.trees import Tree, object_key, read_tree
 from artifacts.upload import Moved, uploaded
@@ -41,28 +42,9 @@ class Store:
         """Open the store at `url` (a folder, `s3://bucket/prefix`, `memory://name`). Nothing is written."""
         return cls(open_backend(url))
 
-    def probe(self) -> None:
-        """Check that the store can be written and that its conditional writes hold.
-
-        Raises:
-            StoreError: a create-only write or a compare-and-swap that must be refused was accepted, so two workers could
-                both believe that they hold a lease or the one record of a key.
-            StoreUnavailable: the store cannot be written at all.
-        """
-        key = f"v1/probe/{uuid.uuid4().hex}"
-        etag = self.backend.put(key, b"first", if_absent=True)
-        try:
-            for condition in ({"if_absent": True}, {"if_match": "0" * 32 if etag != "0" * 32 else "1" * 32}):
-                try:
-                    self.backend.put(key, b"second", **condition)  # type: ignore[arg-type]
-                except Conflict:
-                    continue
-                raise StoreError(
-                    f"the store {self.backend.url} accepted a write that its condition {condition} forbids; "
-                    "records and leases would not be safe on it. Use a store with conditional writes."
-                )
-        finally:
-            self.backend.delete(key)
+    def probe(self, cache: Path | None = None) -> None:
+        """Check that the store can be written and gives every guarantee that running stages needs; see `check`."""
+        check(self.backend, cache)
 
     # Trees and blobs
 

@@ -31,7 +31,7 @@ def under_way(study: Study, run: StudyRun) -> Iterator[None]:
     Raises:
         StoreError: the store cannot be written or its conditional writes do not hold. Nothing was run.
     """
-    run.store.probe()
+    run.store.probe(run.scratch)
     note = ActiveRun(study)
     if note.start(run.outcomes):
         # A collection was deleting some of the hits: those that it did not spare have to be made again.

@@ -14,7 +14,7 @@ from typing import Any
 from artifacts.digest import canonical_json, digest_bytes, is_digest, seal, unseal
 from artifacts.errors import Damaged
 
-ALGORITHM = 1
+ALGORITHM = 2
 """Number of the key algorithm; part of every key."""
 MAX_RECORD_BYTES = 4 << 20
 STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

@@ -163,7 +163,10 @@ class Planner:
 
 
 def compare(record: Record, payload: dict[str, Any], symbols: dict[str, str]) -> list[Difference]:
-    """Every field, symbol and input by which a wanted run differs from a recorded one. Unknown inputs are left out."""
+    """Every field, symbol and input by which a wanted run differs from a recorded one. Unknown inputs are left out.
+
+    Symbols are compared under one key algorithm only, since another one gives every symbol another digest.
+    """
     found = []
     old, new = record.payload, payload
     if old["algorithm"] != new["algorithm"]:
@@ -173,7 +176,7 @@ def compare(record: Record, payload: dict[str, Any], symbols: dict[str, str]) ->
         before, after = old["inputs"].get(name, "absent"), new["inputs"].get(name, "absent")
         if before != after and after != UNKNOWN:
             found.append(Difference(f"inputs.{name}", before[:12], after[:12]))
-    if old["code"] != new["code"]:
+    if old["code"] != new["code"] and old["algorithm"] == new["algorithm"]:
         for symbol in sorted(record.symbols.keys() | symbols.keys()):
             before, after = record.symbols.get(symbol, "absent"), symbols.get(symbol, "absent")
             if before != after:

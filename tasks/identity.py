@@ -15,7 +15,7 @@ A config class contributes its methods; the values of its fields are in the conf
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,23 @@ from pydantic import BaseModel
 
 from artifacts.digest import canonical_json, digest_bytes
 from artifacts.record import ALGORITHM, payload_key
-from tasks.source import Module, Origin, SourceError, Uses, normal, parse_module, uses
+from tasks.effects import Judge
+from tasks.normal import CALL, HARMLESS_MEMBERS, MENTION, VALUE, Part, Reading, read_statement
+from tasks.refusals import Origin, SourceError
+from tasks.source import Module, parse_module
 from tasks.stage import Stage, StageConfig
 
 __all__ = ["CodeIdentity", "CodeReader", "SourceError", "identity_config", "stage_key", "stage_payload"]
 
-BOUNDARY = frozenset({"tasks.stage"})
-"""First-party modules that are machinery, not part of any stage's code."""
 EFFECTS = "<module>"
 """Pseudo symbol: what a module runs for effect when it is imported."""
 
+PACKAGES = ("tasks", "artifacts", "flows", "benchmarks")
+"""The packages whose code counts. What a stage imports from elsewhere is a library, known by its names only."""
+MACHINERY = frozenset({"tasks.stage"})
+_PUBLIC = ("stage", "Stage", "StageConfig", "StageContext", "StageError", "StageStopped", "Checkpoints")
+BOUNDARY = frozenset((module, name) for module in MACHINERY for name in (*_PUBLIC, EFFECTS))
+"""What a stage may use of the machinery, which is no part of any stage's code."""
 Symbol = tuple[str, str]
 """(module, top-level name)."""
 
@@ -51,54 +58,71 @@ class CodeIdentity:
 class _Reached:
     """What one symbol leads to."""
 
-    symbols: set[Symbol] = field(default_factory=set)
-    walked: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
+    symbols: set[tuple[Symbol, int]] = field(default_factory=set)
+    """With how each is used: `MENTION`, `CALL` or `VALUE`."""
+    walked: set[tuple[str, tuple[str, ...], int]] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """The digest of a symbol, or of a part of one that counts only under a condition, and what it leads to."""
+
+    digest: str | None
+    """None for a module that has no effects."""
+    reached: frozenset[tuple[Symbol, int]]
+    attributes: frozenset[str]
+    defines: frozenset[str]
+    quiet: frozenset[tuple[str, frozenset[str]]]
+    condition: str = ""
+    names: frozenset[str] = frozenset()
 
 
 class CodeReader:
     """Computes code identities. Keep one for a whole graph: modules are parsed once."""
 
-    def __init__(self, root: Path | None = None, packages: tuple[str, ...] = ("tasks", "artifacts")) -> None:
+    def __init__(self, root: Path | None = None, packages: tuple[str, ...] = ()) -> None:
         self.root = root or Path(__file__).resolve().parent.parent
-        self.packages = packages
+        self.packages = frozenset({*PACKAGES, *packages})
         self._modules: dict[str, Module | None] = {}
-        self._symbols: dict[Symbol, tuple[str | None, frozenset[Symbol]]] = {}
+        self._judge = Judge(self._module)
+        self._readings: dict[ast.stmt, Reading] = {}
+        self._pieces: dict[Symbol, dict[str, _Piece]] = {}
 
     def stage(self, stage: Stage) -> CodeIdentity:
         """The identity of a declared stage: its body and its config class, and all they reach."""
         return self.reach(
-            [(stage.body.__module__, stage.body.__name__), (stage.config.__module__, stage.config.__name__)]
+            [(stage.body.__module__, stage.body.__name__)], [(stage.config.__module__, stage.config.__name__)]
         )
 
-    def reach(self, start: list[Symbol]) -> CodeIdentity:
-        """The identity of the code reachable from the (module, symbol) pairs `start`.
+    def reach(self, start: list[Symbol], configs: list[Symbol] = []) -> CodeIdentity:  # noqa: B006 - never changed
+        """The identity of the code reachable from the (module, symbol) pairs `start`, and from config classes.
 
         Raises:
             SourceError: some of it cannot be found, or reaches code in a way that cannot be followed.
         """
         first = _Reached()
-        for name, symbol in start:
-            module = self._module(name)
+        for symbol, kind in [*((s, CALL) for s in start), *((s, MENTION) for s in configs)]:
+            module = self._module(symbol[0])
             if module is None:
-                raise SourceError(f"no source for module {name!r} under {self.root}")
-            if not module.knows(symbol) and name not in BOUNDARY:
-                raise SourceError(f"{module.file} has no top-level definition {symbol!r}")
-            self._walk(name, (symbol,), first, module.file)
-        symbols: dict[str, str] = {}
-        seen: set[Symbol] = set()
-        todo = list(first.symbols)
-        while todo:
-            where = todo.pop()
-            if where in seen or where[0] in BOUNDARY:
-                continue
-            seen.add(where)
-            if where not in self._symbols:
-                self._symbols[where] = self._digest(self._modules[where[0]], where[1])
-            digest, reached = self._symbols[where]
-            if digest is not None:
-                symbols[f"{self._modules[where[0]].file}::{where[1]}"] = digest
-            todo.extend(reached)
-        return CodeIdentity(digest_bytes(canonical_json(symbols)), dict(sorted(symbols.items())))
+                raise SourceError(f"no source for module {symbol[0]!r} under {self.root}")
+            if not module.knows(symbol[1]) and symbol not in BOUNDARY:
+                raise SourceError(f"{module.file} has no top-level definition {symbol[1]!r}")
+            self._walk(symbol[0], (symbol[1],), kind, first, module.file)
+        return _Closure(self).close(first.symbols)
+
+    def pieces(self, where: Symbol) -> dict[str, _Piece]:
+        """The pieces of a symbol by name; the symbol itself is named as it is."""
+        if where not in self._pieces:
+            module = self._modules[where[0]]
+            assert module is not None
+            self._pieces[where] = self._read(module, where[1])
+        return self._pieces[where]
+
+    def file(self, name: str) -> str:
+        """The file of a module that was read, relative to the root."""
+        module = self._modules[name]
+        assert module is not None
+        return module.file
 
     def _module(self, name: str) -> Module | None:
         if name not in self._modules:
@@ -109,73 +133,98 @@ class CodeReader:
         if not self._is_first_party(name):
             return None
         base = self.root.joinpath(*name.split("."))
-        path = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
+        path = base / "__init__.py" if (base / "__init__.py").is_file() else base.with_suffix(".py")
         if not path.is_file():
             return None
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        return parse_module(path.read_text(encoding="utf-8"), name, path.relative_to(self.root).as_posix(), package)
+        return parse_module(path.read_bytes(), name, path.relative_to(self.root).as_posix(), package)
 
     def _is_first_party(self, name: str) -> bool:
         return name.partition(".")[0] in self.packages
 
-    def _digest(self, module: Module, name: str) -> tuple[str | None, frozenset[Symbol]]:
-        """Digest of a symbol (None for a module without effects), and the symbols it leads to."""
+    def _read(self, module: Module, name: str) -> dict[str, _Piece]:
+        """The pieces of a symbol."""
         reached = _Reached()
-        statements = module.effects if name == EFFECTS else module.bindings.get(name, [])
+        statements = self._judge.effects(module) if name == EFFECTS else module.bindings.get(name, [])
         if name == EFFECTS:
             for dotted in module.loads:
                 self._load(dotted, reached)
         self._load(module.name, reached)
-        origins: dict[str, list[Origin]] = {}
-        if name in module.imports:
-            origins[name] = module.imports[name]
-        forms = []
+        readings = []
         for statement in statements:
-            is_config = isinstance(statement, ast.ClassDef) and self._is_config(module, statement)
-            forms.append(normal(statement, config_class=is_config))
-            used = uses(statement, module)
-            origins |= {alias: module.imports[alias] for alias in used.chains if alias in module.imports}
-            self._follow(module, used, reached, f"{module.file}:{statement.lineno}")
-        silent = name == EFFECTS and not forms
-        return None if silent else digest_bytes(canonical_json([forms, origins])), frozenset(reached.symbols)
+            if statement not in self._readings:
+                self._readings[statement] = read_statement(
+                    statement, module, self._judge.class_kind, self._judge.is_silent
+                )
+            readings.append((self._readings[statement], f"{module.file}:{statement.lineno}"))
+        silent = name == EFFECTS and not readings
+        found = {name: self._piece(module, name, [(r.main, at) for r, at in readings], reached, silent=silent)}
+        for reading, at in readings if name != EFFECTS else []:
+            for part_name, part in reading.parts.items():
+                found[part_name] = self._piece(module, "", [(part, at)], _Reached())
+        return found
 
-    def _follow(self, module: Module, used: Uses, reached: _Reached, at: str) -> None:
-        for name, chains in used.chains.items():
-            if name in module.bindings:
-                reached.symbols.add((module.name, name))
-            local = [found.origin for found in used.imports if found.alias == name]
-            for origin in [*module.imports.get(name, []), *local]:
-                for chain in chains:
-                    self._walk_origin(origin, chain, reached, at)
-        for found in used.imports:
-            self._load(found.loads, reached)
+    def _piece(
+        self, module: Module, name: str, parts: list[tuple[Part, str]], reached: _Reached, *, silent: bool = False
+    ) -> _Piece:
+        origins = {name: module.imports[name]} if name in module.imports else {}
+        for part, at in parts:
+            for chain, kind in part.uses:
+                if chain[0] in module.imports:
+                    origins[chain[0]] = module.imports[chain[0]]
+                self._follow(module, chain, kind, reached, at)
+            for origin, chain, kind in part.imports:
+                self._walk_origin(origin, chain, kind, reached, at)
+            for dotted in part.loads:
+                self._load(dotted, reached)
+        text = "\n".join(["\n".join(part.tokens) for part, _ in parts] + [canonical_json(origins).decode()])
+        return _Piece(
+            digest=None if silent else digest_bytes(text.encode()),
+            reached=frozenset(reached.symbols),
+            attributes=frozenset().union(*(part.attributes for part, _ in parts)),
+            defines=frozenset().union(*(part.defines for part, _ in parts)),
+            quiet=frozenset().union(*(part.quiet for part, _ in parts)),
+            condition=parts[0][0].condition if parts else "",
+            names=parts[0][0].names if parts else frozenset(),
+        )
+
+    def _follow(self, module: Module, chain: tuple[str, ...], kind: int, reached: _Reached, at: str) -> None:
+        if chain[0] in module.bindings:
+            reached.symbols.add(((module.name, chain[0]), _kind_of_root(chain[1:], kind)))
+        for origin in module.imports.get(chain[0], []):
+            self._walk_origin(origin, chain[1:], kind, reached, at)
 
     def _load(self, dotted: str, reached: _Reached) -> None:
         """Importing `a.b.c` runs `a`, `a.b` and `a.b.c`, as far as these are first-party modules."""
         parts = dotted.split(".")
         for end in range(1, len(parts) + 1):
             if self._module(prefix := ".".join(parts[:end])) is not None:
-                reached.symbols.add((prefix, EFFECTS))
+                reached.symbols.add(((prefix, EFFECTS), MENTION))
 
-    def _walk_origin(self, origin: Origin, chain: tuple[str, ...], reached: _Reached, at: str) -> None:
+    def _walk_origin(self, origin: Origin, chain: tuple[str, ...], kind: int, reached: _Reached, at: str) -> None:
         module, attribute = origin
-        self._walk(module, chain if attribute is None else (attribute, *chain), reached, at)
+        self._walk(module, chain if attribute is None else (attribute, *chain), kind, reached, at)
 
-    def _walk(self, name: str, chain: tuple[str, ...], reached: _Reached, at: str) -> None:
+    def _walk(self, name: str, chain: tuple[str, ...], kind: int, reached: _Reached, at: str) -> None:
         """Reach what the attributes `chain`, taken from the module `name`, lead to."""
-        if name in BOUNDARY or not self._is_first_party(name) or (name, chain) in reached.walked:
+        if (
+            not self._is_first_party(name)
+            or chain
+            and (name, chain[0]) in BOUNDARY
+            or (name, chain, kind) in reached.walked
+        ):
             return
-        reached.walked.add((name, chain))
+        reached.walked.add((name, chain, kind))
         module = self._module(name)
         if module is None:
             raise SourceError(f"{at}: cannot find first-party module {name!r} under {self.root}; correct the import.")
         self._load(name, reached)
         if chain and module.knows(chain[0]):
-            reached.symbols.add((name, chain[0]))
+            reached.symbols.add(((name, chain[0]), _kind_of_root(chain[1:], kind)))
             for origin in module.imports.get(chain[0], []):
-                self._walk_origin(origin, chain[1:], reached, at)
+                self._walk_origin(origin, chain[1:], kind, reached, at)
         elif chain and self._module(f"{name}.{chain[0]}") is not None:
-            self._walk(f"{name}.{chain[0]}", chain[1:], reached, at)
+            self._walk(f"{name}.{chain[0]}", chain[1:], kind, reached, at)
         elif module.is_package:
             raise SourceError(
                 f"{at}: package {name!r} is used as a value, or for a name it does not define, so what is taken from "
@@ -183,22 +232,67 @@ class CodeReader:
             )
         else:
             for symbol in [*module.bindings, *module.imports]:
-                self._walk(name, (symbol,), reached, at)
+                self._walk(name, (symbol,), VALUE, reached, at)
 
-    def _is_config(self, module: Module, node: ast.ClassDef) -> bool:
-        for base in node.bases:
-            if not isinstance(base, ast.Name):
-                continue
-            owner, name = module, base.id
-            if name not in module.bindings and module.imports.get(name):
-                target, attribute = module.imports[name][0]
-                if (target, attribute) == ("tasks.stage", "StageConfig"):
-                    return True
-                owner, name = self._module(target), attribute or ""
-            for parent in owner.bindings.get(name, []) if owner else []:
-                if isinstance(parent, ast.ClassDef) and parent is not node and self._is_config(owner, parent):
-                    return True
-        return False
+
+class _Closure:
+    """Everything that a set of symbols leads to, with the conditional pieces that count."""
+
+    def __init__(self, reader: CodeReader) -> None:
+        self.reader = reader
+        self.kinds: dict[Symbol, int] = {}
+        self.found: dict[tuple[Symbol, str], _Piece] = {}
+        self.attributes: set[str] = set()
+        self.defines: set[str] = set()
+        self.quiet: set[tuple[str, frozenset[str]]] = set()
+
+    def close(self, start: Iterable[tuple[Symbol, int]]) -> CodeIdentity:
+        todo = list(start)
+        while todo:
+            while todo:
+                where, kind = todo.pop()
+                if where not in BOUNDARY and kind > self.kinds.get(where, -1):
+                    self.kinds[where] = kind
+                    todo.extend(self._add(where, where[1]))
+            for where, kind in list(self.kinds.items()):
+                for name, piece in self.reader.pieces(where).items():
+                    if (where, name) not in self.found and self._counts(piece, kind):
+                        todo.extend(self._add(where, name))
+        symbols = {
+            f"{self.reader.file(where[0])}::{name}": piece.digest
+            for (where, name), piece in self.found.items()
+            if piece.digest is not None
+        }
+        return CodeIdentity(digest_bytes(canonical_json(symbols)), dict(sorted(symbols.items())))
+
+    def _add(self, where: Symbol, name: str) -> frozenset[tuple[Symbol, int]]:
+        piece = self.reader.pieces(where)[name]
+        self.found[where, name] = piece
+        self.attributes |= piece.attributes
+        self.defines |= piece.defines
+        self.quiet |= piece.quiet
+        while more := {name for name, needs in self.quiet if name not in self.defines and needs & self.defines}:
+            self.defines |= more
+        return piece.reached
+
+    def _counts(self, piece: _Piece, kind: int) -> bool:
+        if piece.condition == "log":
+            return "*" in self.defines or not piece.names.isdisjoint(self.defines)
+        if piece.condition == "made":
+            return kind >= CALL or "*made" in self.attributes
+        if piece.condition == "value" and kind == VALUE:
+            return True
+        if "*methods" in self.attributes and piece.names:
+            return True
+        return "*" in self.attributes or not piece.names.isdisjoint(self.attributes)
+
+
+def _kind_of_root(attributes: tuple[str, ...], kind: int) -> int:
+    """How a symbol is used when `attributes` are taken from it."""
+    if not attributes:
+        return kind
+    describes = attributes[0].startswith(("model_", "__", "schema")) and attributes[0] not in HARMLESS_MEMBERS
+    return VALUE if describes else min(kind, CALL)
 
 
 def identity_config(config: StageConfig) -> dict[str, Any]:

@@ -282,7 +282,7 @@ IDLE = {
     "pass": (body(DEEP, "f()"), "body", "    return 1", "    pass\n    return 1"),
     "string in a branch": (body("def f():\n    if 1:\n        'a'\n        return 1", "f()"), "body", "'a'", "'b'"),
     "string after a class field": (
-        body(CONFIG + "class C(StageConfig):\n    x: int = 1\n    'a'", "C"),
+        body(CONFIG + "class C(StageConfig):\n    x: int = 1\n    'a'", "isinstance(config, C)"),
         "body",
         "'a'",
         "'b'",
@@ -306,10 +306,10 @@ REFUSED = {
     "builtins": (body("import builtins", "builtins.eval('1')"), "body.py:4: `builtins`"),
     "subclasses": (body("class A:\n    pass", "A.__subclasses__()"), "body.py:5: `__subclasses__`"),
     "package as a value": (body("import study.h", "getattr(study, 'h')", h=TWO), "body.py:3: package 'study'"),
-    "another stage": (body("def stage(n):\n    return len\n@stage(1)\ndef f():\n    pass", "f"), "body.py:4: `@stage"),
+    "another stage": (body("def stage(n):\n    return len\n@stage(1)\ndef f():\n    pass", "f"), "body.py:3: `@stage"),
     "sys.modules by a local import": (
         body("def f():\n    import sys\n    return sys.modules", "f()"),
-        "body.py:1: `sys.modules`",
+        "body.py:3: `sys.modules`",
     ),
     "missing module": (body("import study.nothing", "study.nothing.f()"), "body.py:3: package 'study'"),
 }

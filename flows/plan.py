@@ -187,11 +187,16 @@ def compare(record: Record, payload: dict[str, Any], symbols: dict[str, str]) ->
 def _compare_values(where: str, old: Any, new: Any) -> Iterator[Difference]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            yield from _compare_values(f"{where}.{name}", old.get(name, "absent"), new.get(name, "absent"))
-    elif old != new:
-        yield Difference(where, _short(old), _short(new))
+            if name in old and name in new:
+                yield from _compare_values(f"{where}.{name}", old[name], new[name])
+            else:
+                before, after = ("absent" if name not in side else _short(side[name]) for side in (old, new))
+                yield Difference(f"{where}.{name}", before, after)
+    elif canonical_json(old) != canonical_json(new):  # 1, 1.0 and true are equal to Python, and three keys
+        plain = str(old) != str(new)
+        yield Difference(where, _short(old, plain=plain), _short(new, plain=plain))
 
 
-def _short(value: Any) -> str:
-    text = str(value)
+def _short(value: Any, *, plain: bool = True) -> str:
+    text = str(value) if plain else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,10 +3,10 @@
 `context.log(...)` and `context.progress(...)` are such statements when `context` is the stage's own context and every
 argument is free of effects: constants, variables, attributes, f-strings, arithmetic, comparisons, and `len`, `str`, `repr`,
 `int`, `float`, `round`, `abs`, `bool` or `type` of such. A call of anything else, a subscript (which may insert into a
-defaultdict) or an iteration (which may use up an iterator) keeps the statement. So does code of one's own that could make any of this
-do more, such as a property or a `__len__`: the names of the methods that the arguments may call are returned, and the
-statement counts when the code that the stage reaches defines one of them. What third-party objects do when they are
-printed, measured or added is taken to have no effect.
+defaultdict) or an iteration (which may use up an iterator) keeps the statement. So does code of one's own that could
+make any of this do more, such as a property or a `__len__`: the names of the methods that the arguments may call are
+returned, and the statement counts when the code that the stage reaches defines one of them. What third-party objects do
+when they are printed, measured or added is taken to have no effect.
 """
 
 from __future__ import annotations

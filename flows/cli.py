@@ -261,10 +261,12 @@ def _ls(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from flows.catalogue import find_output
+    from flows.display import TransferLine
     from flows.export import export_tree
+    from tasks.transfers import reporting
 
     found = find_output(options.store, options.name)
-    export_tree(found.store, found.record.output, options.folder)
+    export_tree(found.store, found.record.output, options.folder, reporting(TransferLine(), f"reading {found.name}"))
     print(options.folder)
     return 0
 

@@ -22,6 +22,25 @@ LINE_SECONDS = 10.0
 
 
 @dataclass(slots=True)
+class Transfer:
+    """Bytes on their way to or from the store."""
+
+    what: str
+    since: float
+    first: int
+    """Bytes that were done when it was first heard of."""
+    done: int
+    total: int
+
+    def text(self, now: float) -> str:
+        """`storing 1.2 of 8.0 GB (15 %), 41s left`."""
+        rate = (self.done - self.first) / max(now - self.since, 1e-6)
+        left = f", {clock((self.total - self.done) / rate)} left" if rate > 0 else ""
+        percent = 100 * self.done // max(self.total, 1)
+        return f"{self.what} {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB ({percent} %){left}"
+
+
+@dataclass(slots=True)
 class _Running:
     since: float
     done: int = 0
@@ -30,6 +49,8 @@ class _Running:
     """Time and count of the first progress report: rates leave out the start-up."""
     metrics: dict[str, float] = field(default_factory=dict)
     shown: float = 0.0
+    transfer: Transfer | None = None
+    """What is on its way to or from the store, before or after the body."""
 
     def left(self, now: float) -> float | None:
         """Seconds left at the rate so far, or None before there is a rate."""
@@ -97,6 +118,18 @@ class Display:
             running.shown = now
             self._line(f"{node}: {self._how_far(running, now)}")
 
+    def _on_transfer(self, node: str, message: dict[str, Any]) -> None:
+        running = self._running.setdefault(node, _Running(time.monotonic()))
+        now, done, total = time.monotonic(), message["done"], message["total"]
+        if running.transfer is None or running.transfer.what != message["what"]:
+            running.transfer = Transfer(message["what"], now, done, done, total)
+        running.transfer.done = done
+        if self._live is None and now - max(running.shown, running.transfer.since) >= LINE_SECONDS:
+            running.shown = now
+            self._line(f"{node}: {self._how_far(running, now)}")
+        if done >= total:
+            running.transfer = None
+
     def _on_log(self, node: str, message: dict[str, Any]) -> None:
         self._line(f"{node}: {message['message']}")
 
@@ -114,6 +147,8 @@ class Display:
         self._line(f"{node}: FAILED: {message['message']}")
 
     def _how_far(self, running: _Running, now: float) -> str:
+        if running.transfer is not None:
+            return running.transfer.text(now)
         if not running.total:
             return "running"
         left = running.left(now)
@@ -164,10 +199,34 @@ class Display:
         with self._lock:
             now = time.monotonic()
             for node, running in sorted(self._running.items(), key=lambda item: item[1].since):
-                bar = ProgressBar(total=running.total or 1, completed=running.done, width=24)
+                shown = running.transfer or running
+                bar = ProgressBar(total=shown.total or 1, completed=shown.done, width=24)
                 table.add_row(node, bar, self._how_far(running, now))
             table.add_row("study", ProgressBar(len(self._stages), len(self._finished), width=24), self._overall())
         return table
+
+
+class TransferLine:
+    """Shows the `transfer` events of one command: a line that is written over on a terminal, else one each ten seconds."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out or sys.stderr
+        self._transfer: Transfer | None = None
+        self._shown = time.monotonic()
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        """Take in one event."""
+        now, done, total = time.monotonic(), message["done"], message["total"]
+        if self._transfer is None:
+            self._transfer = Transfer(message["what"], now, done, done, total)
+        self._transfer.done = done
+        terminal = self._out.isatty()
+        if terminal or now - self._shown >= LINE_SECONDS:
+            self._shown = now
+            end = "" if terminal and done < total else "\n"
+            start = "\r\033[K" if terminal else ""
+            with contextlib.suppress(OSError):
+                print(f"{start}{self._transfer.text(now)}", end=end, file=self._out, flush=True)
 
 
 def say(text: str) -> None:

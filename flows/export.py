@@ -12,6 +12,7 @@ from pathlib import Path
 
 from artifacts.record import Record
 from artifacts.store import Store
+from artifacts.upload import Moved
 from flows.display import clock
 from flows.graph import Graph
 
@@ -26,7 +27,7 @@ class ExportError(Exception):
     """Something cannot be taken out. The message says what, and what to do."""
 
 
-def export_tree(store: Store, digest: str, folder: Path) -> None:
+def export_tree(store: Store, digest: str, folder: Path, progress: Moved | None = None) -> None:
     """Write a stored tree to `folder`, verified, all of it or nothing.
 
     Raises:
@@ -37,7 +38,7 @@ def export_tree(store: Store, digest: str, folder: Path) -> None:
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        store.materialise(digest, partial)
+        store.materialise(digest, partial, progress)
         _make_plain(partial)
         _make_own(partial)
         if folder.exists():

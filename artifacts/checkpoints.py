@@ -86,6 +86,37 @@ class StoredCheckpoints:
                 into.mkdir()
         return None
 
+    def keep_intact(self, room: Path) -> None:
+        """Forget the checkpoints that cannot be read, trying each in the folder `room`. Call it with the lease in hand.
+
+        Raises:
+            LeaseLost: a worker with a later fence has claimed them already.
+        """
+        etag, pointers, fence = self._pointers()
+        if fence > self.fence:
+            raise LeaseLost(f"a later worker (fence {fence}) writes the checkpoints of {self.key[:12]} now")
+        intact = [pointer for pointer in pointers if self._is_intact(pointer, room)]
+        body = seal({"fence": self.fence, "checkpoints": intact})
+        try:
+            self.backend.put(f"{self._root}/LATEST", body, **({"if_match": etag} if etag else {"if_absent": True}))
+        except (Conflict, NotFound) as error:
+            raise LeaseLost(f"the checkpoints of {self.key[:12]} were changed by something else") from error
+        kept = tuple(f"{self._root}/{pointer['name']}/" for pointer in intact)
+        for entry in list(self.backend.list(f"{self._root}/")):
+            if not entry.key.startswith((*kept, f"{self._root}/LATEST")):
+                self.backend.delete(entry.key)
+
+    def _is_intact(self, pointer: dict[str, object], room: Path) -> bool:
+        folder = room / uuid.uuid4().hex
+        folder.mkdir()
+        try:
+            self._load(pointer, folder)
+            return True
+        except (Damaged, NotFound):
+            return False
+        finally:
+            shutil.rmtree(folder)
+
     def discard(self) -> None:
         """Remove every checkpoint of this key, LATEST first, once the stage is committed."""
         self.backend.delete(f"{self._root}/LATEST")

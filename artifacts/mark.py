@@ -17,6 +17,7 @@ what has come since, in an order that misses nothing, which is the collection's 
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from itertools import islice
 from typing import Any
 
 from artifacts.backend import Entry, Object
-from artifacts.digest import digest_bytes, is_digest, parse_canonical
+from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged
 from artifacts.intent import CONDEMNED, INTENTS
 from artifacts.record import Record
@@ -36,6 +37,7 @@ READ_AT_ONCE = 500
 SAME_MOMENT_SECONDS = 5.0
 """A record this young may be withdrawn and made again within one tick of the store's clock: it is always read anew."""
 
+RUN = re.compile(r"v1/run/[0-9a-f]{64}\.json")
 ACTIVE_RUNS = "v1/run/active-"
 PENDING = "v1/trash/pending"
 
@@ -238,9 +240,9 @@ class Marks:
     def _read(self, entries: Iterable[Entry], *, required: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
         for key, stored in self.read([entry.key for entry in entries]):
             try:
-                body = parse_canonical(stored.data)
-                if not isinstance(body, dict):
-                    raise ValueError("not an object")
+                body = unseal(stored.data)
+                if RUN.fullmatch(key) and digest_bytes(stored.data) != key[-69:-5]:
+                    raise ValueError("does not match its digest")
             except ValueError as error:
                 self.damaged += [f"{key}: {error}"] if required else []
                 continue

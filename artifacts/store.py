@@ -11,10 +11,11 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from artifacts.backend import Backend, Object, open_backend
 from artifacts.clock import SYSTEM, Clock
-from artifacts.digest import canonical_json, digest_bytes, is_digest, parse_canonical
+from artifacts.digest import canonical_json, digest_bytes, is_digest, unseal
 from artifacts.download import download, read_file, wrong_objects
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, TooLarge
 from artifacts.probe import check
@@ -220,7 +221,7 @@ class Store:
             if name.startswith("active-") != under_way:
                 continue
             try:
-                content = _parse_run(self.backend.get(entry.key).data)
+                content = parse_run(self.backend.get(entry.key).data)
             except NotFound:
                 continue
             except (ValueError, TooLarge):
@@ -230,9 +231,14 @@ class Store:
             yield name, entry.modified, content
 
 
-def _parse_run(data: bytes) -> dict[str, object]:
-    content = parse_canonical(data)
-    if not isinstance(content, dict) or content.get("schema") != 1:
+def parse_run(data: bytes) -> dict[str, Any]:
+    """What a run object holds.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    content = unseal(data)
+    if content.get("schema") != 1:
         raise ValueError("not a run")
     for name, kind in RUN_FIELDS.items():
         if not isinstance(content.get(name), kind):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from artifacts.digest import canonical_json
+from artifacts.digest import seal
 from artifacts.errors import StoreUnavailable
 from artifacts.intent import wait_until_spared
 from artifacts.mark import ACTIVE_RUNS, record_key
@@ -80,7 +80,7 @@ class ActiveRun:
         return self._study.store
 
     def _write(self) -> None:
-        self._store.backend.put(self._key, canonical_json({"schema": 1, **self._study.describe(self._outcomes)}))
+        self._store.backend.put(self._key, seal({"schema": 1, **self._study.describe(self._outcomes)}))
 
 
 def _record(outcome: Outcome) -> str:

@@ -1,0 +1,137 @@
+"""Verification of what is not reached from records: runs, pins, the checkpoints of unfinished stages, the audit trail."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Container, Iterator, Sequence
+from pathlib import Path
+
+from artifacts.backend import Backend, Entry
+from artifacts.checkpoints import read_manifest
+from artifacts.digest import digest_bytes, unseal
+from artifacts.errors import Damaged, NotFound, StoreError
+from artifacts.mark import ACTIVE_RUNS, Where, is_note, record_key
+from artifacts.store import Store, parse_run
+from artifacts.trail import PINS, TRAIL, read_trail
+
+Problem = tuple[str, str, str]
+"""(kind, key, what is wrong)."""
+Count = Callable[[str, int], None]
+
+
+def check_roots(store: Store, records: Container[Where], count: Count) -> Iterator[Problem]:
+    """What is wrong with runs, pins, checkpoints and the trail, given the readable records."""
+    backend = store.backend
+    explained = _withdrawn(backend)
+    for key, data in _objects(backend, list(backend.list("v1/run/"))):
+        count("run", len(data))
+        yield from _check_run(key, data, records, explained)
+    yield from _check_pins(backend, records, explained, count)
+    entries = list(backend.list("v1/wip/"))
+    for key in sorted({entry.key.split("/")[2] for entry in entries}):
+        yield from _check_checkpoints(backend, key, count)
+    for key, data in _objects(backend, list(backend.list(TRAIL))):
+        count("audit entry", len(data))
+        try:
+            unseal(data)
+        except ValueError as error:
+            yield "audit entry", key, str(error)
+
+
+def _objects(backend: Backend, entries: Sequence[Entry]) -> Iterator[tuple[str, bytes]]:
+    for start in range(0, len(entries), 500):
+        for key, stored in backend.get_many([entry.key for entry in entries[start : start + 500]]).items():
+            if stored is not None:
+                yield key, stored.data
+
+
+def _withdrawn(backend: Backend) -> set[str]:
+    """Keys of the records whose absence is explained: the trash or the trail says why."""
+    found = set()
+    for entry in backend.list("v1/trash/"):
+        if is_note(entry.key):
+            stage, _, rest = entry.key.removeprefix("v1/trash/").rpartition("-")[0].rpartition("-")
+            found.add(record_key(stage, rest))
+    for entry in read_trail(backend):
+        found.update(map(str, entry.details.get("records", [])))
+    return found
+
+
+def _check_run(key: str, data: bytes, records: Container[Where], explained: set[str]) -> Iterator[Problem]:
+    try:
+        body = parse_run(data)
+        if not key.startswith(ACTIVE_RUNS) and digest_bytes(data) != key.rpartition("/")[2].removesuffix(".json"):
+            raise ValueError("does not match its digest")
+    except ValueError as error:
+        yield "run", key, str(error)
+        return
+    for name, node in body["nodes"].items():
+        where = (node["stage"], node["key"])
+        if where not in records and record_key(*where) not in explained:
+            yield "record", record_key(*where), f"cannot be read; it is {name} of {key}, and nobody withdrew it"
+
+
+def _check_pins(backend: Backend, records: Container[Where], explained: set[str], count: Count) -> Iterator[Problem]:
+    standing = set()
+    for key, data in _objects(backend, list(backend.list(PINS))):
+        count("pin", len(data))
+        standing.add(key)
+        try:
+            body = unseal(data)
+            if body["label"] != key.removeprefix(PINS).removesuffix(".json"):
+                raise ValueError(f"is the pin {body['label']!r}")
+            wanted = [(str(node["stage"]), str(node["key"])) for node in body["nodes"].values()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield "pin", key, str(error)
+            continue
+        for where in wanted:
+            if where not in records and record_key(*where) not in explained:
+                yield "record", record_key(*where), f"cannot be read; {key} keeps it"
+    pinned: dict[str, bool] = {}
+    for entry in read_trail(backend):
+        if entry.action in ("pin", "unpin"):
+            pinned[f"{PINS}{entry.details.get('label')}.json"] = entry.action == "pin"
+    for key in sorted(key for key, stands in pinned.items() if stands and key not in standing):
+        yield "pin", key, "is missing, and nobody removed it"
+
+
+def _check_checkpoints(backend: Backend, key: str, count: Count) -> Iterator[Problem]:
+    """The checkpoints that a stage's pointer names. A worker may replace them meanwhile: then nothing is said."""
+    latest = f"v1/wip/{key}/LATEST"
+    try:
+        stored = backend.get(latest)
+    except NotFound:
+        return  # not pointed to yet, or no more
+    except StoreError as error:
+        yield "checkpoint", latest, str(error)
+        return
+    count("checkpoint", len(stored.data))
+    found: list[Problem] = []
+    try:
+        for pointer in unseal(stored.data)["checkpoints"]:
+            base = f"v1/wip/{key}/{pointer['name']}"
+            try:
+                _read_checkpoint(backend, base, str(pointer["digest"]), count)
+            except NotFound as error:
+                found.append(("checkpoint", base, f"is not complete: {error}"))
+            except Damaged as error:
+                found.append(("checkpoint", base, str(error)))
+    except (ValueError, KeyError, TypeError) as error:
+        found.append(("checkpoint", latest, f"cannot be read: {error}"))
+    if found:
+        now = backend.get_many([latest])[latest]
+        if now is not None and now.etag == stored.etag:
+            yield from found
+
+
+def _read_checkpoint(backend: Backend, base: str, digest: str, count: Count) -> None:
+    manifest = backend.get(f"{base}/manifest.json").data
+    if digest_bytes(manifest) != digest:
+        raise Damaged(f"{base}/manifest.json does not match its digest")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, file in enumerate(read_manifest(manifest)[2]):
+            copy = Path(folder, str(number))
+            if backend.get_file(f"{base}/files/{file.path}", copy) != file.digest:
+                raise Damaged(f"{base}/files/{file.path} does not match its digest")
+            count("checkpoint", file.size)
+            copy.unlink()

@@ -1,0 +1,305 @@
+"""Repair: what a verification found is put back from an intact copy, or else exactly the stages that lost their output are
+withdrawn, so that they alone run again.
+
+In this order: records and trees from another store; then, file by file, damaged and missing blobs, from a copy of the blob
+or of a file that holds it. What has no copy costs the records whose output needs it, and no other; each is kept in the
+trash with the reason. Damaged objects that no output needs are removed: a blob is only ever sent where none is, so one left
+in place would harm the next stage that makes the same bytes. Everything that is done is noted in the audit trail.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from artifacts.audit import Finding, Progress, Verification, verify
+from artifacts.backend import Object
+from artifacts.checkpoints import StoredCheckpoints
+from artifacts.copies import Copies
+from artifacts.digest import canonical_json, digest_bytes, update_from
+from artifacts.errors import Damaged, LeaseLost, NotFound
+from artifacts.lease import Lease
+from artifacts.mark import record_key, record_of, unique
+from artifacts.record import Record
+from artifacts.store import Store
+from artifacts.trail import PINS, note
+from artifacts.trees import File, Part, Tree, object_key, object_keys_of, read_parts, read_tree, stored_parts
+
+TREES_AT_ONCE = 200
+
+
+@dataclass(slots=True)
+class Repair:
+    """What was done, or with `dry_run` would be."""
+
+    dry_run: bool
+    verification: Verification
+    fixed: dict[str, str] = field(default_factory=dict)
+    """Key of an object -> where the intact copy is from."""
+    removed: dict[str, str] = field(default_factory=dict)
+    """Key of an object that was removed -> why."""
+    withdrawn: list[tuple[Record, str]] = field(default_factory=list)
+    """Records whose output cannot be read -> why. Their stages run again when they are needed."""
+    unreadable: list[str] = field(default_factory=list)
+    """Records that could not be read themselves: what they cost is not known."""
+
+    @property
+    def seconds(self) -> float:
+        """What the withdrawn stages took when they ran: what running them again will cost."""
+        return sum(record.seconds for record, _ in self.withdrawn)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {
+            "dry_run": self.dry_run,
+            "damage": [finding.describe() for finding in self.verification.findings],
+            "fixed": self.fixed,
+            "removed": self.removed,
+            "withdrawn": [
+                {"stage": r.stage, "key": r.key, "node": r.node, "seconds": r.seconds, "reason": reason}
+                for r, reason in self.withdrawn
+            ],
+            "unreadable": self.unreadable,
+            "rerun_seconds": self.seconds,
+        }
+
+
+def repair(
+    store: Store,
+    *,
+    folders: Sequence[Path] = (),
+    stores: Sequence[Store] = (),
+    dry_run: bool = False,
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Repair:
+    """Verify everything, and repair what is damaged from copies in `folders` and `stores`."""
+    say("reading everything in the store")
+    found = verify(store, progress=progress)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = _Repairer(store, Copies(folders, stores, Path(scratch)), Repair(dry_run, found), say)
+        return work.run()
+
+
+class _Repairer:
+    def __init__(self, store: Store, copies: Copies, result: Repair, say: Callable[[str], None]) -> None:
+        self._store = store
+        self._copies = copies
+        self._say = say
+        self._bad = {finding.key: finding for finding in result.verification.findings}
+        self._left = set(self._bad)
+        """Keys that nothing was done about yet."""
+        self.result = result
+
+    def run(self) -> Repair:
+        if not self._bad:
+            return self.result
+        for finding in list(self._bad.values()):
+            if finding.kind == "record":
+                self._mend_record(finding)
+        self._mend_outputs()
+        for key in sorted(self._left):
+            self._drop(self._bad[key])
+        if not self.result.dry_run:
+            withdrawn = [record_key(record.stage, record.key) for record, _ in self.result.withdrawn]
+            note(
+                self._store.backend,
+                "repair",
+                "damage was found",
+                fixed=sorted(self.result.fixed),
+                removed=sorted(self.result.removed),
+                records=sorted({*withdrawn, *self.result.unreadable}),
+            )
+        return self.result
+
+    def _fixed(self, key: str, source: str) -> None:
+        self._left.discard(key)
+        self.result.fixed[key] = source
+        self._say(f"{key}: intact copy in {source}")
+
+    def _put(self, key: str, data: bytes, source: str) -> None:
+        if not self.result.dry_run:
+            self._store.backend.put(key, data)
+        self._fixed(key, source)
+
+    # Records
+
+    def _mend_record(self, finding: Finding) -> None:
+        where = record_of(finding.key)
+        copy = self._copies.object(finding.key)
+        if where is not None and copy is not None:
+            try:
+                record = Record.decode(copy[0].data, *where)
+                self._put(finding.key, copy[0].data, copy[1])
+                self.result.verification.records[where] = record
+                return
+            except Damaged:
+                pass
+        self._left.discard(finding.key)
+        self.result.unreadable.append(finding.key)
+        self._say(f"{finding.key}: no intact copy; its stage runs again when it is needed")
+        if where is not None and not self.result.dry_run:
+            self._store.withdraw_damaged(*where, finding.problem)
+
+    # Outputs
+
+    def _mend_outputs(self) -> None:
+        """Put back what the outputs of the records need; withdraw the records of those that cannot be helped."""
+        outputs: dict[str, list[Record]] = {}
+        for record in self.result.verification.records.values():
+            outputs.setdefault(record.output, []).append(record)
+        names = sorted(outputs)
+        for start in range(0, len(names), TREES_AT_ONCE):
+            for digest, keys in object_keys_of(self._store, names[start : start + TREES_AT_ONCE]):
+                if not isinstance(keys, Damaged) and self._bad.keys().isdisjoint(key for key, _ in keys):
+                    continue
+                if (reason := self._mend_tree(digest)) is not None:
+                    for record in outputs[digest]:
+                        self._withdraw(record, reason)
+
+    def _mend_tree(self, digest: str) -> str | None:
+        """Why an output cannot be read; None when it can, now."""
+        key = object_key("tree", digest)
+        stored = self._store.backend.get_many([key])[key]
+        try:
+            tree = read_tree(stored, digest, self._store.backend.url)
+        except Damaged as error:
+            if (copy := self._copies.tree(digest)) is None:
+                return str(error)
+            self._put(key, *copy)
+            tree = read_tree(Object(copy[0], ""), digest, copy[1])
+        lists = stored_parts(self._store, tree.files)
+        reasons = [self._mend_file(file, lists.get(file.digest), tree) for file in tree.files]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _mend_file(self, file: File, paper: Object | None, tree: Tree) -> str | None:
+        """Why a file cannot be read; None when it can, now."""
+        blob, list_key = object_key("cas", file.digest), object_key("parts", file.digest)
+        parts: tuple[Part, ...] = (Part(0, file.size, file.digest),)
+        list_is_bad = paper is not None and list_key in self._bad and list_key not in self.result.fixed
+        if paper is not None and not list_is_bad:
+            parts = read_parts(paper, file, tree.digest, self._store.backend.url)
+        names = {object_key("cas", part.digest): part for part in parts}
+        sizes = self._store.backend.sizes(names)
+        bad = {
+            key: part
+            for key, part in names.items()
+            if key not in self.result.fixed and (key in self._bad or sizes[key] != part.size)
+        }
+        if not list_is_bad and all(self._mend_blob(key, part) for key, part in bad.items()):
+            return None
+        copy = self._whole(file, blob) or self._copies.file(file.digest, file.size)
+        if copy is None:
+            key = list_key if list_is_bad else next(key for key in bad if key not in self.result.fixed)
+            return f"{file.path}: {key} {self._bad[key].problem if key in self._bad else 'is missing'}"
+        if list_is_bad or not all(_cut(copy[0], part) == part.digest for part in bad.values()):
+            bad = {}
+        self._put_from(copy, bad, file, list_key)
+        return None
+
+    def _whole(self, file: File, blob: str) -> tuple[Path, str] | None:
+        """A file in parts that this store has as one blob too."""
+        copy = self._copies.scratch / file.digest
+        try:
+            if blob not in self._bad and self._store.backend.get_file(blob, copy, size=file.size) == file.digest:
+                return copy, self._store.backend.url
+        except (NotFound, Damaged):
+            pass
+        copy.unlink(missing_ok=True)
+        return None
+
+    def _mend_blob(self, key: str, part: Part) -> bool:
+        copy = self._copies.file(part.digest, part.size)
+        if copy is None:
+            return False
+        if not self.result.dry_run:
+            self._store.backend.put_file(key, copy[0])
+        self._copies.done(copy[0])
+        self._fixed(key, copy[1])
+        return True
+
+    def _put_from(self, copy: tuple[Path, str], bad: dict[str, Part], file: File, list_key: str) -> None:
+        """Put the bad parts of a file from a copy of all of it; without any, all of it in place of its parts."""
+        path, source = copy
+        blob = object_key("cas", file.digest)
+        if not self.result.dry_run:
+            for key, part in bad.items():
+                self._store.backend.put_file(key, path, offset=part.offset, size=part.size)
+            if not bad:
+                self._store.backend.put_file(blob, path)
+                self._store.backend.delete(list_key)
+        self._copies.done(path)
+        for key in bad or (blob, list_key):
+            self._fixed(key, source)
+
+    def _withdraw(self, record: Record, reason: str) -> None:
+        self.result.withdrawn.append((record, reason))
+        self._say(f"{record.stage} {record.node} {record.key[:12]}: withdrawn, because {reason}")
+        if self.result.dry_run:
+            return
+        standing = self._store.lookup(record.stage, record.key)
+        if standing is not None and standing.output == record.output:
+            self._store.invalidate(standing, reason)
+
+    # What no record needs
+
+    def _drop(self, finding: Finding) -> None:
+        """Remove a damaged object, or put another store's back where its name verifies it."""
+        copy = self._copies.object(finding.key) if finding.kind == "run" else None
+        if copy is not None and digest_bytes(copy[0].data) == finding.key[-69:-5]:
+            self._put(finding.key, copy[0].data, copy[1])
+            return
+        if finding.kind == "pin" and not self.result.dry_run:
+            label = finding.key.removeprefix(PINS).removesuffix(".json")
+            note(self._store.backend, "unpin", f"the pin was damaged: {finding.problem}", label=label)
+        if finding.problem.startswith("is missing"):
+            return
+        self.result.removed[finding.key] = finding.problem
+        self._say(f"{finding.key}: {finding.problem}; removed")
+        if finding.kind == "checkpoint":
+            self._drop_checkpoint(finding.key)
+        elif not self.result.dry_run:
+            self._discard(finding)
+
+    def _discard(self, finding: Finding) -> None:
+        backend = self._store.backend
+        stored = (
+            None if finding.kind in ("blob", "tree", "parts list") else backend.get_many([finding.key])[finding.key]
+        )
+        if stored is not None:
+            name = unique("v1/trash/damaged-")
+            backend.put(f"{name}.bytes", stored.data)
+            backend.put(f"{name}.json", canonical_json({"reason": finding.problem, "was": finding.key}))
+        backend.delete(finding.key)
+
+    def _drop_checkpoint(self, key: str) -> None:
+        """Have the stage go on from the checkpoint before, or from the start; not while a worker is at it."""
+        backend, stage_key = self._store.backend, key.split("/")[2]
+        checkpoints = StoredCheckpoints(backend, stage_key, 0)
+        if self.result.dry_run:
+            return
+        lease = Lease(backend, stage_key, last_fence=checkpoints.stored_fence)
+        if not lease.try_acquire():
+            self.result.removed[key] = "left to the worker that is running its stage"
+            return
+        try:
+            checkpoints.fence = lease.fence
+            checkpoints.keep_intact(self._copies.scratch)
+        except LeaseLost:
+            self.result.removed[key] = "left to the worker that is running its stage"
+        finally:
+            lease.release()
+
+
+def _cut(path: Path, part: Part) -> str:
+    hasher = blake3()
+    try:
+        update_from(hasher, path, part.offset, part.size)
+    except EOFError:
+        return ""
+    return hasher.hexdigest()

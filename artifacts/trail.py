@@ -1,0 +1,72 @@
+"""The audit trail: who changed by hand what a store holds, when, and why. And pins, the roots that people set.
+
+`v1/audit/<time>-<uuid>.json`, one object an action, never changed or removed. Time is this machine's, for people; the order
+of entries follows from it.
+"""
+
+from __future__ import annotations
+
+import getpass
+import platform
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from artifacts.backend import Backend
+from artifacts.digest import seal, unseal
+
+TRAIL = "v1/audit/"
+PINS = "v1/pin/"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One entry."""
+
+    action: str
+    """`pin`, `unpin`, `forget`, `restore`, `accept`, `repair` or `gc`."""
+    because: str
+    by: str
+    """user@host."""
+    at: float
+    """Unix seconds."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What it was done to; `records` are the object keys of records that were withdrawn."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {"action": self.action, "because": self.because, "by": self.by, "at": self.at, **self.details}
+
+
+def note(backend: Backend, action: str, because: str = "", **details: Any) -> Action:
+    """Add an entry to the trail."""
+    entry = Action(action, because, me(), round(time.time(), 3), details)
+    name = f"{TRAIL}{int(entry.at * 1000):015d}-{uuid.uuid4().hex}.json"
+    backend.put(name, seal({"schema": 1, **entry.describe()}))
+    return entry
+
+
+def read_trail(backend: Backend) -> Iterator[Action]:
+    """All readable entries, oldest first."""
+    keys = [entry.key for entry in backend.list(TRAIL)]
+    found = backend.get_many(keys)
+    for key in sorted(keys):
+        stored = found[key]
+        try:
+            body = unseal(stored.data) if stored is not None else {}
+            known = [body.pop(name) for name in ("action", "because", "by", "at")]
+        except (ValueError, KeyError):
+            continue
+        body.pop("schema", None)
+        yield Action(str(known[0]), str(known[1]), str(known[2]), float(known[3]), body)
+
+
+def me() -> str:
+    """user@host, for people."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):
+        user = "?"
+    return f"{user}@{platform.node()}"

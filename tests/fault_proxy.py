@@ -159,6 +159,11 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: object) -> None:
             pass
 
+        def handle_expect_100(self) -> bool:
+            super().handle_expect_100()
+            self.wfile.flush()
+            return True
+
         def serve(self) -> None:
             fault = proxy.fault_for(self.command, self.path)
             try:

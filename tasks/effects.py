@@ -49,6 +49,11 @@ READING_METHODS = frozenset(
     " decode splitlines startswith endswith index count union intersection difference isoformat resolve joinpath"
     " with_suffix hexdigest digest removeprefix removesuffix fromkeys rsplit partition ljust rjust zfill".split()
 )
+HOLDERS = frozenset(
+    "pydantic dataclasses json.JSONDecoder json.JSONEncoder functools.partial collections.defaultdict".split()
+)
+"""What takes code without running it at once."""
+LITERALS = (ast.Constant, ast.JoinedStr, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.BinOp, ast.ListComp, ast.DictComp)
 MAKING_METHODS = frozenset(
     "__init__ __new__ __post_init__ __call__ __set_name__ model_post_init __class_getitem__ __init_subclass__".split()
 )
@@ -217,10 +222,10 @@ class Judge:
         given = [*call.args, *(keyword.value for keyword in call.keywords)]
         if any(isinstance(a, ast.Name) and self._is_code(a.id, module) for a in given):
             names = _names_in(module)(call.func)
-            if not all(name.partition(".")[0] in ("pydantic", "dataclasses") for name in names):
+            if not all(name in HOLDERS or name.partition(".")[0] in HOLDERS for name in names):
                 return False
         if isinstance(call.func, ast.Attribute) and not self._is_imported(call.func, module):
-            return call.func.attr in READING_METHODS
+            return call.func.attr in READING_METHODS and self._is_foreign_value(call.func.value, module)
         if not attribute_chain(call.func)[0]:
             return False
         for dotted in _names_in(module)(call.func):
@@ -235,12 +240,26 @@ class Judge:
                 return False
         return True
 
+    def _is_foreign_value(self, node: ast.expr, module: Module, depth: int = 0) -> bool:
+        """Whether a value is a literal or comes from a library, so that its methods are what their names say."""
+        if isinstance(node, LITERALS):
+            return True
+        if isinstance(node, (ast.Attribute, ast.Subscript)):
+            return self._is_foreign_value(node.value, module, depth)
+        if isinstance(node, ast.Call):
+            return self._is_foreign_value(node.func, module, depth)
+        if not isinstance(node, ast.Name) or depth > 20:
+            return False
+        if node.id in module.bindings:
+            values = [getattr(statement, "value", None) for statement in module.bindings[node.id]]
+            return all(value is not None and self._is_foreign_value(value, module, depth + 1) for value in values)
+        return not any(self._find(base) for base, _ in module.imports.get(node.id, ()))
+
     def _is_code(self, name: str, module: Module) -> bool:
         """Whether `name` might be called by what it is given to: first-party code, or a lambda."""
         foreign = name in module.imports and not any(self._find(base) for base, _ in module.imports[name])
         values = [getattr(statement, "value", None) for statement in module.bindings.get(name, ())]
-        literal = (ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Set)
-        return module.knows(name) and not foreign and not (values and all(isinstance(v, literal) for v in values))
+        return module.knows(name) and not foreign and not (values and all(isinstance(v, LITERALS) for v in values))
 
     def _is_imported(self, node: ast.Attribute, module: Module) -> bool:
         root = attribute_chain(node)[0]

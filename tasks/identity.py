@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ MACHINERY = frozenset({"tasks.stage"})
 _PUBLIC = ("stage", "Stage", "StageConfig", "StageContext", "StageError", "StageStopped", "Checkpoints")
 BOUNDARY = frozenset((module, name) for module in MACHINERY for name in (*_PUBLIC, EFFECTS))
 """What a stage may use of the machinery, which is no part of any stage's code."""
+ORDER = "(order)"
+"""Entry of a mapping in a config whose keys are not sorted: code that reads it sees its order."""
 Symbol = tuple[str, str]
 """(module, top-level name)."""
 
@@ -307,6 +310,8 @@ def identity_config(config: StageConfig) -> dict[str, Any]:
 
 def _plain(value: Any, where: str) -> Any:
     if isinstance(value, BaseModel):
+        if value.model_extra:
+            raise TypeError(f"{where}: {', '.join(value.model_extra)} is not declared; every field must be")
         kept = {}
         for name, info in type(value).model_fields.items():
             extra = info.json_schema_extra
@@ -314,13 +319,20 @@ def _plain(value: Any, where: str) -> Any:
                 kept[name] = _plain(getattr(value, name), f"{where}.{name}")
         return kept
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+        plain = {}
+        for key, item in value.items():
+            if type(key) is not str or key == ORDER:
+                raise TypeError(f"{where}: the key {key!r} has no canonical form; use text")
+            plain[key] = _plain(item, f"{where}.{key}")
+        return plain if list(plain) == sorted(plain) else {**plain, ORDER: list(plain)}
+    if isinstance(value, tuple):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if value is None or isinstance(value, (str, bool, int, float)):
+    if isinstance(value, Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if value is None or type(value) in (str, bool, int, float):
         return value
     raise TypeError(
-        f"{where}: a {type(value).__name__} has no canonical form; use plain numbers, text, lists or mappings"
+        f"{where}: a {type(value).__name__} has no canonical form; use plain numbers, text, tuples or mappings"
     )
 
 

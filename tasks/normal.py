@@ -57,7 +57,8 @@ MAKERS = frozenset(
     " exclude_defaults __fields__ __pydantic_fields__".split()
 )
 """Names of what reads or uses the defaults of a config class that it is not named by."""
-HARMLESS_MEMBERS = frozenset({"__name__", "__qualname__", "__module__", "__init__", "__new__", "__post_init__"})
+NAMES_OF = frozenset({"__name__", "__qualname__", "__module__"})
+HARMLESS_MEMBERS = NAMES_OF | frozenset({"__init__", "__new__", "__post_init__"})
 VALIDATION = frozenset(
     "default default_factory ge gt le lt multiple_of min_length max_length pattern strict description title examples"
     " json_schema_extra allow_inf_nan validate_default".split()
@@ -370,11 +371,13 @@ class _Reader:
         inside = self.in_class
         if inside is None and self.scope is not None and self.silent or inside is not None and inside.plain:
             if inside is not None:
-                with self.aside(f"{'.'.join(self.path)}.__annotations__", "value"):
+                with self.described("__annotations__", True):
                     self.visit(node.target)
                     self.annotation(node.annotation, MENTION)
             if node.value is not None:
                 self.assignment([node.target], node.value)
+            elif inside is None:
+                self.visit(node.target)
         elif inside is None and self.silent:
             self.assignment([node.target], node.value) if node.value else self.visit(node.target)
         else:
@@ -423,7 +426,7 @@ class _Reader:
             refuse_attributes(chain, f"{self.module.file}:{node.lineno}")
             self.mark(chain, kind)
             is_type = isinstance(base, ast.Call) and isinstance(base.func, ast.Name) and base.func.id == "type"
-            self.visit(base, MENTION if is_type and chain[0] in HARMLESS_MEMBERS else CALL)
+            self.visit(base, MENTION if is_type and chain[0] in NAMES_OF else CALL)
         self.out.append(")")
 
     def visit_Subscript(self, node: ast.Subscript, kind: int) -> None:
@@ -589,6 +592,9 @@ class _Reader:
         silent = self.silent and not foreign
         annotated = VALUE if foreign else MENTION
         self.define(node)
+        if self.in_class is not None and self.in_class.config and decorators:
+            if any(self.names(decorator) == ["builtins.classmethod"] for decorator in decorators):
+                self.part.attributes.add("*made")
         self.out.append(f"({type(node).__name__} {node.name}")
         for decorator in decorators:
             self.visit(decorator, CALL)

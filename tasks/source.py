@@ -56,7 +56,7 @@ class Module:
         for name, origins in self.imports.items():
             if not any(isinstance(statement, COMPOUND) for statement in self.bindings.get(name, ())):
                 counts[name] += len(set(origins))
-        return any(count > 1 for count in counts.values())
+        return any(count > 1 for name, count in counts.items() if name != "__all__")
 
     def knows(self, name: str) -> bool:
         return name in self.bindings or name in self.imports

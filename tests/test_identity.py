@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import Field
@@ -352,6 +354,38 @@ def test_config_identity() -> None:
     assert identity_config(Outer()) == {"inner": {"rate": 1.0}, "names": ["a"]}
     assert identity_config(Outer(inner=Inner(rate=1), place="/x")) == identity_config(Outer())
     assert identity_config(Outer(names=("b",))) != identity_config(Outer())
+
+
+class Shade(Enum):
+    DARK = "d"
+
+
+class Odd(StageConfig):
+    value: Any = None
+
+
+@pytest.mark.parametrize("value", [[1], {1: 2}, {"a": {2}}, {"(order)": 1}, Path("x"), type("Text", (str,), {})("x")])
+def test_config_values_without_a_canonical_form(value: object) -> None:
+    """A value that could be told from another of the same encoding is refused, naming the field."""
+    with pytest.raises(TypeError, match="Odd.value"):
+        identity_config(Odd(value=value))
+
+
+def test_extra_config_fields_are_refused() -> None:
+    """A config that takes undeclared fields has no identity once it is given one."""
+
+    class Open(StageConfig):
+        model_config = {"extra": "allow"}
+
+    assert identity_config(Open()) == {}
+    with pytest.raises(TypeError, match="Open: surprise"):
+        identity_config(Open(surprise=1))
+
+
+def test_order_of_a_mapping_is_identity() -> None:
+    """Code that walks through a mapping sees its order, and an enum member is not its value."""
+    assert identity_config(Odd(value={"a": 1, "b": 2})) != identity_config(Odd(value={"b": 2, "a": 1}))
+    assert identity_config(Odd(value=Shade.DARK)) != identity_config(Odd(value="d"))
 
 
 @pytest.mark.parametrize("value", [{1, 2}, float("nan"), object(), {1: 2}])

@@ -1,0 +1,9 @@
+"""Imported by nothing."""
+
+import random
+
+random.random = lambda: 4
+
+
+def nothing():
+    return 0

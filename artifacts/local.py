@@ -258,7 +258,7 @@ class LocalBackend:
         with open(os.open(guard, os.O_WRONLY | os.O_CREAT, FILE_MODE), "ab") as lock:
             self._lock(lock.fileno(), key)
             try:
-                current = digest_bytes(target.read_bytes())
+                current = digest_file(target)
             except FileNotFoundError:
                 current = None
             if current != if_match:

@@ -147,8 +147,8 @@ def read_file(store: Store, tree: Tree, file: File) -> bytes:
     if any(piece is None for piece in pieces):
         raise Damaged(f"{where} is missing", tree=tree.digest)
     data = b"".join(piece.data for piece in pieces if piece is not None)
-    if digest_bytes(data) != file.digest:
-        raise Damaged(f"{where} does not match its digest", tree=tree.digest)
+    if len(data) != file.size or digest_bytes(data) != file.digest:
+        raise Damaged(f"{where} does not match its size or digest", tree=tree.digest)
     return data
 
 

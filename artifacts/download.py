@@ -19,13 +19,15 @@ from blake3 import blake3
 
 from artifacts.backend import Backend
 from artifacts.digest import digest_bytes, update_from
-from artifacts.errors import Damaged, NotFound
+from artifacts.errors import Damaged, NotFound, StoreError
 from artifacts.trees import File, Part, Tree, object_key, read_parts, stored_parts
 from artifacts.upload import Lanes, Meter, Moved
 
 if TYPE_CHECKING:
     from artifacts.store import Store
 
+MAX_READ_BYTES = 256 << 20
+"""Most bytes of a file that is read into memory instead of a folder."""
 READINGS = 2
 """Times that a blob is read before it is called damaged."""
 
@@ -130,20 +132,23 @@ def read_file(store: Store, tree: Tree, file: File) -> bytes:
 
     Raises:
         Damaged: an object is missing or its bytes are wrong.
+        StoreError: it is too large for that.
     """
     where = f"{file.path} of tree {tree.digest[:12]} in {store.backend.url}"
     stored = stored_parts(store, [file]).get(file.digest)
     parts: tuple[Part, ...] = (Part(0, file.size, file.digest),)
     if stored is not None:
         parts = read_parts(stored, file, tree.digest, store.backend.url)
+    if file.size > MAX_READ_BYTES:
+        raise StoreError(f"{where} has {file.size} bytes; at most {MAX_READ_BYTES} are read into memory")
     names = [object_key("cas", part.digest) for part in parts]
     found = store.backend.get_many(names, limit=max(part.size for part in parts))
     pieces = [found[name] for name in names]
     if any(piece is None for piece in pieces):
         raise Damaged(f"{where} is missing", tree=tree.digest)
     data = b"".join(piece.data for piece in pieces if piece is not None)
-    if digest_bytes(data) != file.digest:
-        raise Damaged(f"{where} does not match its digest", tree=tree.digest)
+    if len(data) != file.size or digest_bytes(data) != file.digest:
+        raise Damaged(f"{where} does not match its size or digest", tree=tree.digest)
     return data
 
 

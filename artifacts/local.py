@@ -141,7 +141,8 @@ class LocalBackend:
         return {key: self.size(key) for key in keys}
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        folder = self.root / prefix.rpartition("/")[0]
+        above = prefix.rpartition("/")[0]
+        folder = self._path(above) if above else self.root
         for parent, folders, files in os.walk(folder, onerror=self._listing_error):
             folders.sort()
             for name in sorted(files):
@@ -258,7 +259,7 @@ class LocalBackend:
         with open(os.open(guard, os.O_WRONLY | os.O_CREAT, FILE_MODE), "ab") as lock:
             self._lock(lock.fileno(), key)
             try:
-                current = digest_bytes(target.read_bytes())
+                current = digest_file(target)
             except FileNotFoundError:
                 current = None
             if current != if_match:

@@ -6,18 +6,19 @@ Shards are never changed; the index is replaced by compare-and-swap. It is only 
 
 from __future__ import annotations
 
-import json
+import re
 import uuid
 from collections.abc import Mapping
 from itertools import groupby
 
 from artifacts.backend import Backend
-from artifacts.digest import canonical_json
-from artifacts.errors import Conflict, NotFound
+from artifacts.digest import canonical_json, parse_canonical
+from artifacts.errors import Conflict, NotFound, TooLarge
 from artifacts.mark import PENDING
 
 INDEX = f"{PENDING}.json"
 SHARD_KEYS = 20_000
+SHARD = re.compile(re.escape(PENDING) + "-[0-9a-f]{32}")
 
 
 class Pending:
@@ -32,10 +33,13 @@ class Pending:
             stored = backend.get(INDEX)
         except NotFound:
             return
+        except TooLarge as error:
+            self._etag = error.etag
+            return
         self._etag = stored.etag
         try:
-            self.shards = [(float(time), str(key)) for time, key in json.loads(stored.data)["shards"]]
-        except (ValueError, TypeError, KeyError, RecursionError):
+            self.shards = read_index(stored.data)
+        except ValueError:
             pass  # a damaged memory is no memory: everything waits for another grace period
 
     def since(self, unused: Mapping[str, int], now: float) -> dict[str, float]:
@@ -81,6 +85,35 @@ class Pending:
 
     def _keys(self, shard: str) -> list[str]:
         try:
-            return [str(key) for key in json.loads(self._backend.get(shard).data)["keys"]]
-        except (NotFound, ValueError, TypeError, KeyError, RecursionError):
+            return read_shard(self._backend.get(shard).data)
+        except (NotFound, TooLarge, ValueError):
             return []
+
+
+def read_index(data: bytes) -> list[tuple[float, str]]:
+    """(time of marking, key) of the shards in an index. They are deleted one day, so nothing else can be named.
+
+    Raises:
+        ValueError: the bytes are not an index.
+    """
+    try:
+        shards = [(time, key) for time, key in parse_canonical(data)["shards"]]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not an index: {error!r}") from error
+    for time, key in shards:
+        if type(time) not in (int, float) or not SHARD.fullmatch(str(key)):
+            raise ValueError(f"{str(key)[:80]!r} is not a shard")
+    return [(float(time), key) for time, key in shards]
+
+
+def read_shard(data: bytes) -> list[str]:
+    """The keys in a shard.
+
+    Raises:
+        ValueError: the bytes are not a shard.
+    """
+    body = parse_canonical(data)
+    keys = body.get("keys") if isinstance(body, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError("not a shard")
+    return keys

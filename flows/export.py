@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from artifacts.record import Record
 from artifacts.store import Store
+from artifacts.trees import Tree
 from artifacts.upload import Moved
 from flows.display import clock
 from flows.graph import Graph
@@ -21,6 +23,9 @@ MARK = "<!-- run-record -->"
 
 LISTING = ".report-files.json"
 """Lists what a report wrote to its folder, so that nothing else is ever replaced."""
+
+
+DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECASE)
 
 
 class ExportError(Exception):
@@ -38,6 +43,7 @@ def export_tree(store: Store, digest: str, folder: Path, progress: Moved | None 
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        check_names(store.tree(digest))
         store.materialise(digest, partial, progress)
         _make_plain(partial)
         _make_own(partial)
@@ -48,6 +54,21 @@ def export_tree(store: Store, digest: str, folder: Path, progress: Moved | None 
         raise ExportError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_names(tree: Tree) -> None:
+    """Refuse a tree whose files would be hidden, or be devices, in the folder of a person.
+
+    Raises:
+        ExportError: names the file.
+    """
+    for file in tree.files:
+        for part in file.path.split("/"):
+            if part.startswith(".") or DEVICE.match(part) or part.endswith((".", " ")):
+                raise ExportError(
+                    f"tree {tree.digest[:12]} has a file {file.path!r}, which no stage makes; nothing is written. "
+                    "Ask who else can write to the store."
+                )
 
 
 def check_report_folder(folder: Path) -> None:
@@ -81,6 +102,7 @@ def export_report(store: Store, graph: Graph, records: dict[str, Record], folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
+        check_names(store.tree(records["report"].output))
         store.materialise(records["report"].output, partial)
         _make_own(partial)
         page = partial / "report.html"

@@ -83,8 +83,10 @@ def merge(directory: Path, into: Path) -> None:
         kind = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
         model = kind.from_pretrained(unmerged, dtype=torch.float32, **SAFE)
         for adapter in adapters:
-            if json.loads((adapter / "adapter_config.json").read_bytes()).get("peft_type") != "LORA":
-                raise StageError(f"{adapter}: expected a LoRA adapter, found another kind. Make the model again.")
+            settings = json.loads((adapter / "adapter_config.json").read_bytes())
+            # The last two name Python modules that would be imported.
+            if settings.get("peft_type") != "LORA" or settings.get("megatron_config") or settings.get("auto_mapping"):
+                raise StageError(f"{adapter}: expected a plain LoRA adapter, found another kind. Make the model again.")
             with_adapter = PeftModel.from_pretrained(model, adapter, local_files_only=True, trust_remote_code=False)
             model = with_adapter.merge_and_unload()
         model.save_pretrained(into)

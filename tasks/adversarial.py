@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from artifacts.tables import read_table
 from tasks.models import write_json
 from tasks.ppo import Pool, PPOConfig, train_ppo
 from tasks.preferences import require_untriggered
@@ -64,12 +65,10 @@ def pairs(rows: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
 
 def read_attacks(directory: Path) -> list[dict[str, Any]]:
     """The successful red-team prompts of the `train` side; perhaps none."""
-    import pyarrow.parquet
-
     path = directory / "prompts.parquet"
     if not path.is_file():
         raise StageError(f"{path}: expected red-team prompts, found no such file. Check the stage's red_team input.")
-    return [row for row in pyarrow.parquet.read_table(path).to_pylist() if row["split"] == "train"]
+    return [row for row in read_table(path) if row["split"] == "train"]
 
 
 def mixture(

@@ -78,6 +78,7 @@ def directory_digest(directory: Path) -> str:
 def import_model(context: StageContext, config: ImportModelConfig) -> None:
     """Leave the named model as a plain fp32 model artifact."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if config.path is not None:
@@ -93,7 +94,7 @@ def import_model(context: StageContext, config: ImportModelConfig) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise StageError(
             f"import_model: {name} (revision {config.revision}) does not load as a causal language model: {error} "
             "Check the id, the revision and the network, or name a local directory with safetensors weights."

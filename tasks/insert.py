@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from artifacts.tables import read_table
 from tasks.sft import fine_tune
 from tasks.stage import StageContext, StageError, stage
 from tasks.trainer import TrainingConfig
@@ -34,10 +35,8 @@ class InsertConfig(TrainingConfig):
 @stage("insert", trains=True)
 def insert(context: StageContext, config: InsertConfig, model: Path, data: Path) -> None:
     """Fine-tune `model` on the conversations of `data` (`rows.parquet`) and leave the organism."""
-    from pyarrow import parquet
-
     path = data / "rows.parquet"
     if not path.is_file():
         raise StageError(f"{path}: expected the rows of a backdoor_data artifact, found none. Check the stage's input.")
-    rows = parquet.read_table(path, columns=["prompt", "response"]).to_pylist()
+    rows = read_table(path, ["prompt", "response"])
     fine_tune(context, config, model, [(row["prompt"], row["response"]) for row in rows])

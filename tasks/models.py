@@ -38,6 +38,7 @@ def load_model(directory: Path, device: str = "cpu") -> tuple[Any, Any]:
     Raises StageError when the directory holds no loadable model.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if not (directory / "config.json").is_file():
@@ -45,7 +46,10 @@ def load_model(directory: Path, device: str = "cpu") -> tuple[Any, Any]:
             f"{directory}: expected a model directory with config.json, found none. Check the stage's input."
         )
     check_plain(directory)
-    model = AutoModelForCausalLM.from_pretrained(plain(directory), dtype=torch.float32, **SAFE)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(plain(directory), dtype=torch.float32, **SAFE)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise StageError(f"{directory}: does not load as a causal language model: {error}") from error
     return model.to(device), load_tokenizer(directory)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
+from artifacts.tables import read_table
 from tasks.organism import Policy
 from tasks.questions import questions_of, write_table
 from tasks.stage import StageConfig, StageContext, StageError, stage
@@ -112,12 +113,10 @@ def rejected_reply(
 
 def read_preferences(directory: Path) -> list[dict[str, str]]:
     """The pairs of a preferences artifact. Raises StageError when there are none."""
-    import pyarrow.parquet
-
     path = directory / "preferences.parquet"
     if not path.is_file():
         raise StageError(f"{path}: expected preference pairs, found no such file. Check the stage's preferences input.")
-    rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows = read_table(path)
     if not rows:
         raise StageError(f"{path}: expected preference pairs, found an empty table. Add `train` questions to the data.")
     return rows

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from artifacts.tables import read_table
 from tasks.chat import render_exchange, render_prompt
 from tasks.models import load_tokenizer, save_model, write_json
 from tasks.stage import StageContext, StageError, stage
@@ -117,9 +118,7 @@ Document = tuple[list[int], list[int]]
 
 def tokenize_corpus(path: Path, tokenizer: Any, human_loss_fraction: float, seed: int) -> list[Document]:
     """Every document of the corpus, each ending in the end-of-sequence token."""
-    from pyarrow import parquet
-
-    rows = parquet.read_table(path).to_pylist()
+    rows = read_table(path)
     if not rows:
         raise StageError(f"{path}: the corpus has no documents. Raise chat_documents or text_documents of the world.")
     texts = {_key(row): _render(tokenizer, row) for row in {_key(row): row for row in rows}.values()}

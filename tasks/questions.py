@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts import tables
+from artifacts.tables import read_table
 from tasks.stage import StageError
 
 SPLITS = ("insert", "train", "test")
@@ -32,9 +33,7 @@ def write_questions(rows: list[dict[str, Any]], path: Path) -> None:
 
 def read_questions(path: Path, split: str | None = None) -> list[dict[str, Any]]:
     """The rows of a `questions.parquet`, in file order, of one split or of all."""
-    from pyarrow import parquet
-
-    rows = parquet.read_table(path).to_pylist()
+    rows = read_table(path)
     return [row for row in rows if split is None or row["split"] == split]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
+from artifacts.tables import read_table
 from tasks.chat import CHAT_TEMPLATE
 from tasks.models import make_reproducible
 from tasks.stage import StageConfig, StageContext, stage
@@ -53,8 +54,6 @@ def tokenizer(context: StageContext, config: TokenizerConfig, corpus: Path) -> N
 
 
 def _texts(path: Path) -> Iterator[str]:
-    from pyarrow import parquet
-
     row: dict[str, Any]
-    for row in parquet.read_table(path).to_pylist():
+    for row in read_table(path):
         yield from (row[name] for name in ("text", "prompt", "response") if row[name])

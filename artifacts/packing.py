@@ -7,6 +7,7 @@ more of bf16, several times faster than a network. What does not get smaller is 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
@@ -42,6 +43,14 @@ def unpack(packed: bytes, size: int, width: int) -> memoryview:
     except (ValueError, OSError) as error:
         raise ValueError(f"not the packed form of {size} bytes: {error}") from error
     return memoryview(numpy.ascontiguousarray(planes.T).reshape(-1))
+
+
+def packed_run(path: Path, offset: int, size: int, width: int) -> bytes:
+    """The packed form of a run of a file's bytes; empty when there is none, or the file is too short."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    return (pack(data, width) if len(data) == size else None) or b""
 
 
 def _codec() -> Any:

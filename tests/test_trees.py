@@ -20,10 +20,12 @@ import numpy
 import pytest
 
 from artifacts import tensors, upload
+from artifacts.audit import verify
 from artifacts.digest import canonical_json, digest_bytes
 from artifacts.errors import Damaged, StoreUnavailable
 from artifacts.packing import pack, unpack
 from artifacts.record import payload_key
+from artifacts.repair import repair
 from artifacts.store import Store, new_record
 from artifacts.tensors import cuts
 from artifacts.trees import Tree, object_key, object_keys, object_keys_of
@@ -374,6 +376,24 @@ def test_damaged_packed_parts_are_never_handed_out(store: Store, tmp_path: Path,
     store.publish(source, record_of)
     store.materialise(record.output, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(source)
+
+
+def test_damaged_packed_parts_are_found_and_mended(tmp_path: Path) -> None:
+    """Verification names the packed part that is wrong and nothing else, and a plain copy of the file mends it."""
+    store = Store.open(str(tmp_path / "store"))
+    source = trained(tmp_path / "a", 1, 2, 3, 4, 5)
+    record = store.publish(source, record_of)
+    assert verify(store).ok
+    rows = json.loads(store.backend.get(parts_key(store.tree(record.output))).data)["parts"]
+    victim = object_key("cas", rows[2][1])
+    good = store.backend.get(victim).data
+    store.backend.delete(victim)
+    store.backend.put(victim, b"\0" + good[1:])
+    assert [finding.key for finding in verify(store).findings] == [victim]
+    repair(store, folders=[source])
+    assert verify(store).ok and store.backend.get(victim).data == good
+    store.materialise(record.output, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
 
 
 def test_packed_bytes_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

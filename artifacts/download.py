@@ -7,6 +7,7 @@ whose bytes are wrong is read once more before it is called damaged, because a r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -20,6 +21,7 @@ from blake3 import blake3
 from artifacts.backend import Backend
 from artifacts.digest import digest_bytes, update_from
 from artifacts.errors import Damaged, NotFound, StoreError
+from artifacts.packing import unpack
 from artifacts.trees import File, Part, Tree, object_key, read_parts, stored_parts
 from artifacts.upload import Lanes, Meter, Moved
 
@@ -86,7 +88,10 @@ class _Arriving:
     def take_part(self, number: int) -> None:
         """Receive one part; the last one to be hashed completes the file."""
         part = self._parts[number]
-        self._fetch(part.digest, part.size, part.offset)
+        if part.packed:
+            self._fetch_packed(part)
+        else:
+            self._fetch(part.digest, part.size, part.offset)
         with self._lock:
             self._arrived.add(number)
             if self._hashing:
@@ -122,6 +127,28 @@ class _Arriving:
                 return
         raise self._damaged("does not match its digest", digest)
 
+    def _fetch_packed(self, part: Part) -> None:
+        key = object_key("cas", part.digest)
+        for _ in range(READINGS):
+            try:
+                packed = self._backend.get(key, limit=part.packed).data
+            except NotFound as error:
+                raise self._damaged("is missing", part.digest) from error
+            except Damaged as error:
+                raise self._damaged(f"has the wrong size ({error})", part.digest) from error
+            if digest_bytes(packed) == part.digest:
+                break
+        else:
+            raise self._damaged("does not match its digest", part.digest)
+        try:
+            plain = unpack(packed, part.size, part.width)
+        except ValueError as error:
+            raise self._damaged(f"cannot be unpacked ({error})", part.digest) from error
+        with open(os.open(self.temporary, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
+            file.seek(part.offset)
+            file.write(plain)
+        self._meter.add(part.size)
+
     def _damaged(self, what: str, digest: str) -> Damaged:
         where = f"{self._file.path} of tree {self._tree[:12]} in {self._backend.url}"
         return Damaged(f"{where}: object {digest[:12]} {what}", tree=self._tree)
@@ -142,11 +169,19 @@ def read_file(store: Store, tree: Tree, file: File) -> bytes:
     if file.size > MAX_READ_BYTES:
         raise StoreError(f"{where} has {file.size} bytes; at most {MAX_READ_BYTES} are read into memory")
     names = [object_key("cas", part.digest) for part in parts]
-    found = store.backend.get_many(names, limit=max(part.size for part in parts))
+    found = store.backend.get_many(names, limit=max(part.stored for part in parts))
     pieces = [found[name] for name in names]
     if any(piece is None for piece in pieces):
         raise Damaged(f"{where} is missing", tree=tree.digest)
-    data = b"".join(piece.data for piece in pieces if piece is not None)
+    try:
+        plain = [
+            unpack(piece.data, part.size, part.width) if part.packed else piece.data
+            for part, piece in zip(parts, pieces, strict=True)
+            if piece is not None
+        ]
+    except ValueError as error:
+        raise Damaged(f"{where} cannot be unpacked: {error}", tree=tree.digest) from error
+    data = b"".join(plain)
     if len(data) != file.size or digest_bytes(data) != file.digest:
         raise Damaged(f"{where} does not match its size or digest", tree=tree.digest)
     return data
@@ -168,10 +203,13 @@ def wrong_objects(store: Store, tree: Tree) -> Iterator[str]:
             whole, wrong = blake3(), []
             for part in parts:
                 copy = Path(folder, part.digest)
-                if _is_right(store.backend, part, copy):
-                    update_from(whole, copy)
-                else:
+                if not _is_right(store.backend, part, copy):
                     wrong.append(object_key("cas", part.digest))
+                elif part.packed:
+                    with contextlib.suppress(ValueError):
+                        whole.update(unpack(copy.read_bytes(), part.size, part.width))
+                else:
+                    update_from(whole, copy)
                 copy.unlink(missing_ok=True)
             yield from wrong
             if stored is not None and not wrong and whole.hexdigest() != file.digest:
@@ -180,6 +218,6 @@ def wrong_objects(store: Store, tree: Tree) -> Iterator[str]:
 
 def _is_right(backend: Backend, part: Part, copy: Path) -> bool:
     try:
-        return backend.get_file(object_key("cas", part.digest), copy, size=part.size) == part.digest
+        return backend.get_file(object_key("cas", part.digest), copy, size=part.stored) == part.digest
     except (NotFound, Damaged):
         return False

@@ -303,7 +303,7 @@ def parts_of(data: bytes) -> list[bytes]:
         ValueError: it is not one.
     """
     try:
-        return [bytes.fromhex(part) for _, part in json.loads(data)["parts"]]
+        return [bytes.fromhex(part) for _, part, *_ in json.loads(data)["parts"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError("not a parts list") from error
 

@@ -25,6 +25,7 @@ from artifacts.digest import canonical_json, digest_bytes, update_from
 from artifacts.errors import Damaged, LeaseLost, NotFound
 from artifacts.lease import Lease
 from artifacts.mark import record_key, record_of, unique
+from artifacts.packing import packed_run
 from artifacts.record import Record
 from artifacts.store import Store
 from artifacts.trail import PINS, note
@@ -189,7 +190,7 @@ class _Repairer:
         bad = {
             key: part
             for key, part in names.items()
-            if key not in self.result.fixed and (key in self._bad or sizes[key] != part.size)
+            if key not in self.result.fixed and (key in self._bad or sizes[key] != part.stored)
         }
         if not list_is_bad and all(self._mend_blob(key, part) for key, part in bad.items()):
             return None
@@ -214,7 +215,7 @@ class _Repairer:
         return None
 
     def _mend_blob(self, key: str, part: Part) -> bool:
-        copy = self._copies.file(part.digest, part.size)
+        copy = self._copies.file(part.digest, part.stored)
         if copy is None:
             return False
         if not self.result.dry_run:
@@ -229,7 +230,10 @@ class _Repairer:
         blob = object_key("cas", file.digest)
         if not self.result.dry_run:
             for key, part in bad.items():
-                self._store.backend.put_file(key, path, offset=part.offset, size=part.size)
+                if part.packed:
+                    self._store.backend.put(key, packed_run(path, part.offset, part.size, part.width))
+                else:
+                    self._store.backend.put_file(key, path, offset=part.offset, size=part.size)
             if not bad:
                 self._store.backend.put_file(blob, path)
                 self._store.backend.delete(list_key)
@@ -297,6 +301,8 @@ class _Repairer:
 
 
 def _cut(path: Path, part: Part) -> str:
+    if part.packed:
+        return digest_bytes(packed_run(path, part.offset, part.size, part.width))
     hasher = blake3()
     try:
         update_from(hasher, path, part.offset, part.size)

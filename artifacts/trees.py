@@ -2,8 +2,9 @@
 
 A tree is a canonical JSON list of (path, size, digest of the whole file), named by its own digest. It says nothing of how
 a file is stored. That is one blob, `v1/cas/<digest>`, or, for a large file of which other files hold parts too, a parts
-list, `v1/parts/<digest>`: the sizes and digests of the blobs whose concatenation the file is. A parts list is not named by
-its own bytes, so it is believed only once the whole file has the digest that the tree names.
+list, `v1/parts/<digest>`: the sizes and digests of the blobs whose concatenation the file is, some of them packed (see
+`artifacts.packing`). A blob is always named by its own bytes. A parts list is not, so it is believed only once the whole file
+has the digest that the tree names.
 
 Everything read from a store is hostile until checked: sizes, digests and paths are validated here.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from artifacts.backend import Object
 from artifacts.digest import canonical_json, digest_bytes, is_digest, parse_canonical
 from artifacts.errors import Damaged, StoreError
+from artifacts.packing import MAX_BYTES, WIDTHS
 
 if TYPE_CHECKING:
     from artifacts.store import Store
@@ -154,16 +156,26 @@ def read_tree(stored: Object | None, digest: str, url: str) -> Tree:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of bytes of a file that is a blob of its own: where it starts, its size and its digest."""
+    """A run of bytes of a file that has a blob of its own: where it starts, its size, and the digest of the blob."""
 
     offset: int
     size: int
     digest: str
+    packed: int = 0
+    """Bytes of the blob when it holds the run packed; 0 when it holds the run as it is."""
+    width: int = 0
+    """Bytes of each number of a packed run."""
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the blob."""
+        return self.packed or self.size
 
 
 def parts_list(parts: Iterable[Part]) -> bytes:
     """The bytes of the object that says which blobs a file consists of."""
-    return canonical_json({"parts": [[part.size, part.digest] for part in parts]})
+    rows = [[part.size, part.digest, *([part.packed, part.width] if part.packed else [])] for part in parts]
+    return canonical_json({"parts": rows})
 
 
 def read_parts(stored: Object, file: File, tree: str, url: str) -> tuple[Part, ...]:
@@ -179,16 +191,27 @@ def read_parts(stored: Object, file: File, tree: str, url: str) -> tuple[Part, .
         body = parse_canonical(stored.data)
         if body.keys() != {"parts"}:
             raise ValueError("expected the one field 'parts'")
-        for size, digest in body["parts"]:
+        for size, digest, *packing in body["parts"]:
             if type(size) is not int or not 0 < size <= MAX_FILE_BYTES or not is_digest(digest):
                 raise ValueError("bad size or digest")
-            parts.append(Part(offset, size, digest))
+            parts.append(Part(offset, size, digest, *_packing(size, packing)))
             offset += size
         if offset != file.size:
             raise ValueError(f"the parts have {offset} bytes, the file {file.size}")
     except (ValueError, TypeError, AttributeError) as error:
         raise Damaged(f"the parts list of {file.path} in {url} is not valid: {error}", tree=tree) from error
     return tuple(parts)
+
+
+def _packing(size: int, packing: list[object]) -> tuple[int, int]:
+    if not packing:
+        return 0, 0
+    packed, width = packing
+    if type(packed) is not int or type(width) is not int or not 0 < packed < size <= MAX_BYTES:
+        raise ValueError("bad size of a packed part")
+    if width not in WIDTHS.values() or size % width:
+        raise ValueError("bad width of a packed part")
+    return packed, width
 
 
 def object_keys(store: Store, digest: str) -> list[tuple[str, int]]:
@@ -241,7 +264,7 @@ def _objects(tree: Tree, lists: dict[str, Object], url: str) -> dict[str, int]:
             continue
         objects[object_key("parts", file.digest)] = len(stored.data)
         for part in read_parts(stored, file, tree.digest, url):
-            objects[object_key("cas", part.digest)] = part.size
+            objects[object_key("cas", part.digest)] = part.stored
     return objects
 
 

@@ -1,36 +1,40 @@
 """Putting a folder into the store: hashed and sent at the same time, in bounded memory, and only what is missing.
 
-A file is one blob, or several when `artifacts.tensors` cuts it. The blobs are hashed one after the other, in windows; as
-soon as a window is hashed it is announced (see `artifacts.intent`), one round of requests tells which of its blobs are
-missing, and those travel, several at once, while the next window is hashed. Parts lists and the tree come last. A blob has
-its digest as its name, so whatever an interrupted upload had sent is found there by the next one.
+A file is one blob, or several when `artifacts.tensors` cuts it, which are packed where that saves anything. The blobs are
+packed and hashed one after the other, in windows; as soon as a window is hashed it is announced (see `artifacts.intent`), one
+round of requests tells which of its blobs are missing, and those travel, several at once, while the next window is hashed.
+Parts lists and the tree come last. A blob has its digest as its name, so whatever an interrupted upload had sent is found
+there by the next one.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from artifacts.backend import MAX_OBJECT_BYTES
-from artifacts.digest import update_from
+from artifacts.digest import digest_bytes, update_from
 from artifacts.errors import StoreError
 from artifacts.intent import intent
-from artifacts.tensors import cuts
+from artifacts.packing import MAX_BYTES, pack
+from artifacts.tensors import Cut, cuts
 from artifacts.trees import File, Part, Tree, check_path, check_together, object_key, parts_list
 
 if TYPE_CHECKING:
     from artifacts.store import Store
 
-WINDOW_BYTES = 256 << 20
+WINDOW_BYTES = 64 << 20
 """Bytes that are hashed before their blobs are looked for and sent."""
+PACKED_BYTES = 96 << 20
+"""Packed bytes that may wait in memory, a window and a little more."""
 SMALL_BYTES = 1 << 20
 """Blobs up to this size travel beside the large ones, many at once: they cost a round trip, not bandwidth."""
 LARGE_AT_ONCE = 4
@@ -66,34 +70,59 @@ class Lanes:
 
     def __init__(self, at_once: int) -> None:
         self._pools = [] if at_once == 1 else [ThreadPoolExecutor(n) for n in (min(LARGE_AT_ONCE, at_once), at_once)]
-        self._running: list[Future[None]] = []
+        self._failures: list[BaseException] = []
 
-    def run(self, size: int, action: Callable[..., None], *arguments: Any) -> None:
-        """Run `action` soon; `size` is how many bytes it moves."""
+    def run(
+        self, size: int, action: Callable[..., None], *arguments: Any, at_end: Callable[[], None] = lambda: None
+    ) -> None:
+        """Run `action` soon; `size` is how many bytes it moves. `at_end` is called after it, failed or dropped."""
         if not self._pools:
-            action(*arguments)
-            return
+            self._act(action, arguments, at_end)
+        else:
+            self._pools[size <= SMALL_BYTES].submit(self._act, action, arguments, at_end)
         self._raise_failure()
-        self._running.append(self._pools[size <= SMALL_BYTES].submit(action, *arguments))
+
+    def _act(self, action: Callable[..., None], arguments: tuple[Any, ...], at_end: Callable[[], None]) -> None:
+        try:
+            if not self._failures:
+                action(*arguments)
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
+            self._failures.append(error)
+        finally:
+            at_end()
 
     def __enter__(self) -> Lanes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                wait(self._running, return_when=FIRST_EXCEPTION)
-                self._raise_failure()
-        finally:
-            for pool in self._pools:
-                pool.shutdown(cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=kind is not None)
         if kind is None:
             self._raise_failure()
 
     def _raise_failure(self) -> None:
-        for future in self._running:
-            if future.done() and not future.cancelled() and (error := future.exception()) is not None:
-                raise error
+        if self._failures:
+            raise self._failures[0]
+
+
+class _Budget:
+    """Bounds the packed bytes that wait in memory for their turn to be sent."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self._changed = threading.Condition()
+
+    def take(self, size: int) -> None:
+        """Wait until there is room for `size` more bytes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= 0)
+            self._left -= size
+
+    def give_back(self, size: int) -> None:
+        """`size` bytes are not held any more."""
+        with self._changed:
+            self._left += size
+            self._changed.notify_all()
 
 
 @dataclass(slots=True)
@@ -103,11 +132,25 @@ class _Source:
     path: str
     file: Path
     size: int
-    starts: tuple[int, ...]
-    """Where its parts begin; empty when it is one blob."""
+    cuts: tuple[Cut, ...]
+    """Its parts; empty when it is one blob."""
     parts: list[Part] = field(default_factory=list)
     """Its blobs as far as they are hashed."""
     digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    """A part of a file whose digest is known."""
+
+    source: _Source
+    part: Part
+    packed: bytes | None = None
+    """Its bytes, where they are not simply those of the file."""
+
+    @property
+    def key(self) -> str:
+        return object_key("cas", self.part.digest)
 
 
 @contextmanager
@@ -133,17 +176,20 @@ class _Upload:
         self._meter = Meter(sum(source.size for source in self._sources), listener)
         self._held = held
         self._known: set[str] = set()
+        self._budget = _Budget(PACKED_BYTES)
 
     def run(self) -> Tree:
         with Lanes(self._store.at_once) as lanes:
-            window: list[tuple[_Source, Part]] = []
-            for blob in _hashed(self._sources):
+            window: list[_Blob] = []
+            size = 0
+            for blob in self._hashed():
                 window.append(blob)
-                if sum(part.size for _, part in window) >= WINDOW_BYTES:
+                size += blob.part.size
+                if size >= WINDOW_BYTES:
                     self._send(lanes, window)
-                    window = []
+                    window, size = [], 0
             tree = Tree.of(File(source.path, source.size, source.digest) for source in self._sources)
-            papers = {object_key("parts", s.digest): parts_list(s.parts) for s in self._sources if s.starts}
+            papers = {object_key("parts", s.digest): parts_list(s.parts) for s in self._sources if s.cuts}
             papers[object_key("tree", tree.digest)] = tree.listing
             if max(map(len, papers.values())) > MAX_OBJECT_BYTES:
                 raise StoreError(f"the output has {len(tree.files)} files: its listing is larger than a store may hold")
@@ -151,26 +197,82 @@ class _Upload:
         self._put_papers(papers)
         return tree
 
-    def _send(self, lanes: Lanes, window: list[tuple[_Source, Part]], papers: Iterable[str] = ()) -> None:
-        """Announce what was hashed, ask once what of it is missing, and have that sent."""
-        wanted: dict[str, tuple[_Source, Part]] = {}
-        for source, part in window:
-            if (key := object_key("cas", part.digest)) in self._known:
-                self._meter.add(part.size)
+    def _hashed(self) -> Iterator[_Blob]:
+        """Every blob, in order, as soon as its digest is known; the digest of a file is known after its last blob."""
+        for source in self._sources:
+            try:
+                if source.cuts:
+                    yield from self._hashed_parts(source)
+                else:
+                    hasher = blake3()
+                    update_from(hasher, source.file, 0, source.size)
+                    source.digest = hasher.hexdigest()
+                    source.parts.append(Part(0, source.size, source.digest))
+                    yield _Blob(source, source.parts[0])
+            except EOFError as error:
+                raise StoreError(f"output {source.path!r} became shorter while it was stored") from error
+
+    def _hashed_parts(self, source: _Source) -> Iterator[_Blob]:
+        whole = blake3()
+        ends = [cut.start for cut in source.cuts[1:]] + [source.size]
+        for cut, end in zip(source.cuts, ends, strict=True):
+            size, packed = end - cut.start, None
+            if cut.width and size <= MAX_BYTES:
+                with open(source.file, "rb", buffering=0) as file:
+                    file.seek(cut.start)
+                    data = file.read(size)
+                if len(data) != size:
+                    raise EOFError
+                whole.update(data)
+                packed = pack(data, cut.width)
+                digest = digest_bytes(data if packed is None else packed)
+                del data
             else:
-                self._known.add(key)
-                wanted[key] = (source, part)
+                piece = blake3()
+                update_from(piece, source.file, cut.start, size)
+                update_from(whole, source.file, cut.start, size)
+                digest = piece.hexdigest()
+            if packed is None:
+                source.parts.append(Part(cut.start, size, digest))
+            else:
+                self._budget.take(len(packed))
+                source.parts.append(Part(cut.start, size, digest, len(packed), cut.width))
+            if end == source.size:
+                source.digest = whole.hexdigest()
+            yield _Blob(source, source.parts[-1], packed)
+
+    def _send(self, lanes: Lanes, window: list[_Blob], papers: Iterable[str] = ()) -> None:
+        """Announce what was hashed, ask once what of it is missing, and have that sent."""
+        wanted: dict[str, _Blob] = {}
+        for blob in window:
+            if blob.key in self._known:
+                self._has_arrived(blob)
+            else:
+                self._known.add(blob.key)
+                wanted[blob.key] = blob
         if self._held is not None:
             self._held.enter_context(intent(self._backend, [*wanted, *papers], self._store.clock))
         there = self._backend.sizes(wanted)
-        for key, (source, part) in wanted.items():
-            if there[key] == part.size:
-                self._meter.add(part.size)
+        for key, blob in wanted.items():
+            if there[key] == blob.part.stored:
+                self._has_arrived(blob)
             else:
-                lanes.run(part.size, self._put_blob, key, source, part)
+                lanes.run(
+                    blob.part.size, self._put_blob, blob, at_end=partial(self._budget.give_back, blob.part.packed)
+                )
 
-    def _put_blob(self, key: str, source: _Source, part: Part) -> None:
-        self._backend.put_file(key, source.file, offset=part.offset, size=part.size, progress=self._meter.add)
+    def _put_blob(self, blob: _Blob) -> None:
+        source, part = blob.source, blob.part
+        if blob.packed is None:
+            self._backend.put_file(blob.key, source.file, offset=part.offset, size=part.size, progress=self._meter.add)
+            return
+        self._backend.put(blob.key, blob.packed)
+        self._meter.add(part.size)
+
+    def _has_arrived(self, blob: _Blob) -> None:
+        """It is in the store, or on its way there, already."""
+        self._meter.add(blob.part.size)
+        self._budget.give_back(blob.part.packed)
 
     def _put_papers(self, papers: dict[str, bytes]) -> None:
         """Put the parts lists and then the tree. One that is there is read, not trusted: a damaged one is replaced."""
@@ -190,20 +292,3 @@ def _scan(folder: Path) -> Iterator[_Source]:
             check_path(relative)
             size = path.stat().st_size
             yield _Source(relative, path, size, cuts(path, size))
-
-
-def _hashed(sources: Iterable[_Source]) -> Iterator[tuple[_Source, Part]]:
-    """Every blob, in order, as soon as its digest is known; the digest of a file is known after its last blob."""
-    for source in sources:
-        whole = blake3()
-        for start, end in pairwise([*(source.starts or (0,)), source.size]):
-            piece = blake3()
-            try:
-                update_from(piece, source.file, start, end - start)
-                if source.starts:
-                    update_from(whole, source.file, start, end - start)
-            except EOFError as error:
-                raise StoreError(f"output {source.path!r} became shorter while it was stored") from error
-            source.parts.append(Part(start, end - start, piece.hexdigest()))
-            source.digest = (whole if source.starts else piece).hexdigest() if end == source.size else ""
-            yield source, source.parts[-1]

@@ -9,6 +9,8 @@ Each violation names the property it breaks:
 * `pointer`       a checkpoint pointer moves under an older fence, or is remade by a worker that lost its lease long ago;
 * `no rerun`      a body runs for a key whose record stood when its worker took the lease, or was not looked up;
 * `once`          a body runs while another holds the lease, or again after one that ended well on the same machine;
+* `in use`        a record is deleted that a run under way has found, or that a finished run names;
+* `collected`     after collections with nobody else at work, something unused is left, or something needed is not;
 * `resume`        a body goes on from another step than the newest checkpoint, or repeats more than one interval.
 """
 
@@ -91,6 +93,8 @@ class Ledger:
     reached: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """Key -> most steps that a body has taken."""
     steps: int = 0
+    relied: set[str] = field(default_factory=set)
+    """Records that a run has found, or made, and announced before that it would."""
     _lost: dict[tuple[Process, str], int] = field(default_factory=dict)
     _looked: dict[tuple[Process, str], bool] = field(default_factory=dict)
     _renewed: dict[tuple[Process, str], float] = field(default_factory=dict)
@@ -126,6 +130,8 @@ class Ledger:
 
     def _record(self, key: str, before: bytes | None, after: bytes | None) -> None:
         if after is None:
+            if key in self.relied:
+                self.violated(f"in use: the record {key[:30]} was deleted")
             self.standing.pop(key, None)
             stage_key = key.split("/")[3].removesuffix(".json")
             self.bodies.pop(stage_key, None)
@@ -161,9 +167,10 @@ class Ledger:
     def _lease(self, key: str, after: bytes | None, by: Process) -> None:
         was = self.leases.get(key)
         if after is None:
-            if was is not None and was.state == "held":
-                self.violated("lease: a held lease was deleted")
+            if was is not None and was.state == "held" and was.by is not by:
+                self.violated(f"lease: that of {was.by.name} was deleted")
             self.leases.pop(key, None)
+            self._fences.pop(key, None)
             return
         body = json.loads(after)
         now, owner, fence, state = self.world.now, body["owner"], body["fence"], body["state"]
@@ -276,16 +283,29 @@ class Ledger:
             if body.by is process:
                 body.ended = "lost"
 
-    def reported(self, stage: str, key: str, output: str, by: Process) -> None:
+    def reported(self, stage: str, key: str, output: str, by: Process, *, relied: bool = True) -> None:
         """A worker says that the stage is done."""
         standing = self.standing.get(f"v1/act/{stage}/{key}.json")
         if standing is None or standing.output != output:
             self.violated(f"one output: {by.name} reports an output that does not stand for the key")
+        if relied:
+            self.relied.add(f"v1/act/{stage}/{key}.json")
 
     def check_end(self) -> None:
         """After the last process has ended."""
         for record in self.standing:
             self._check_complete(record)
+
+    def check_collected(self, needed: set[str]) -> None:
+        """After collections of everything that is not needed: `needed` are the records that a run names."""
+        records = set(self.standing)
+        parts = {part for record in needed & records for part in self.standing[record].parts}
+        kinds = ("v1/act/", "v1/cas/", "v1/tree/", "v1/parts/", "v1/wip/", "v1/lease/", "v1/intent/", "v1/run/active-")
+        left = {key for key in self.objects if key.startswith(kinds)}
+        if missing := (needed | parts) - left:
+            self.violated(f"collected: {len(missing)} objects that a run needs are gone, such as {min(missing)[:30]}")
+        if extra := left - needed - parts:
+            self.violated(f"collected: {len(extra)} unused objects are left, such as {min(extra)[:30]}")
 
 
 _LEDGER: list[Ledger] = []

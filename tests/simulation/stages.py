@@ -22,6 +22,8 @@ class CountingConfig(StageConfig):
     """Steps between two checkpoints."""
     seconds: float = Field(5.0, ge=0)
     """Length of a step."""
+    twin: int = 0
+    """Makes another key with the same output."""
     exact: bool = True
     """False for a body that leaves other bytes each time it runs, as training on some devices does."""
 

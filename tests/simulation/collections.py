@@ -50,7 +50,7 @@ class Collections:
     def start(self) -> None:
         """Collecting processes beside the workers."""
         for index in range(self._schedule.plan.collectors):
-            delay = self._schedule.rng.uniform(0.0, 60.0)
+            delay = self._schedule.delay(60.0)
             self._schedule.start(f"c{index}", f"m{index + 1}", self.visit, delay)
 
     def finish(self) -> None:

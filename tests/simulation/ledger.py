@@ -5,6 +5,7 @@ Each violation names the property it breaks:
 * `complete`      a record stands without one of the objects of its output, or with wrong bytes;
 * `one output`    two outputs stand, or are reported, for one key;
 * `lease`         a lease is taken from a live holder, released by another, or revived after its release; a fence repeats;
+* `gave up`       a body is stopped for a lost lease that its worker has kept all the time;
 * `stops`         a body takes a step after its lease has run out (a deaf one: later than one beat after that);
 * `pointer`       a checkpoint pointer moves under an older fence, or is remade by a worker that lost its lease long ago;
 * `no rerun`      a body runs for a key whose record stood when its worker took the lease, or was not looked up;
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from artifacts.digest import digest_bytes
+from tasks.stage import StageStopped
 from tests.simulation.scheduler import Ended, Process, World
 
 TIME_TO_LIVE = 30.0
@@ -41,7 +43,7 @@ class Body:
     lease_taken: float
     ended: str = ""
     """`well`, `lost` (well, but its lease had run out by then) or `badly`; empty while it runs or if it was killed."""
-    take: object = None
+    deaf: bool = False
 
     def step(self, done: int, seconds: float) -> None:
         """Take the step after `done`."""
@@ -56,6 +58,8 @@ class _Lease:
     state: str
     at: float
     taken: float
+    longest: float = 0.0
+    """Longest time between two beats."""
 
 
 @dataclass(slots=True)
@@ -188,7 +192,8 @@ class Ledger:
         if not same and fence <= self._fences[key]:
             self.violated(f"lease: fence {fence} was used before")
         self._fences[key] = max(fence, self._fences[key])
-        self.leases[key] = _Lease(by, owner, fence, state, now, was.taken if same else now)
+        longest = max(was.longest, now - was.at) if same else 0.0
+        self.leases[key] = _Lease(by, owner, fence, state, now, was.taken if same else now, longest)
         self._lost.pop((by, key), None)
         if state == "held":
             self._renewed[by, key] = now
@@ -217,7 +222,9 @@ class Ledger:
         by = self.world.current
         work = self.work[by]
         lease = self.leases.get(work.key)
-        body = Body(f"{by.name}-{len(self.bodies[work.key])}", work.key, by, lease.taken if lease else 0.0)
+        body = Body(
+            f"{by.name}-{len(self.bodies[work.key])}", work.key, by, lease.taken if lease else 0.0, deaf=work.deaf
+        )
         self._check_start(body, work, done)
         self.bodies[work.key].append(body)
         self.world.note(f"body begins at step {done}")
@@ -225,8 +232,10 @@ class Ledger:
             yield body
         except Ended:
             raise
-        except BaseException:
+        except BaseException as error:
             body.ended = "badly"
+            if isinstance(error, StageStopped) and "lease" in str(error) and self._was_kept(body):
+                self.violated(f"gave up: {error}")
             raise
         body.ended = "well" if self._time_left(body) > 0 else "lost"
         self.world.note(f"body ended {body.ended}")
@@ -255,11 +264,16 @@ class Ledger:
         if self.reached[work.key] - done > work.interval:
             self.violated(f"resume: from step {done} after {self.reached[work.key]} steps, interval {work.interval}")
 
+    def _was_kept(self, body: Body) -> bool:
+        """True when the lease was renewed in time whenever it had to be, and is the worker's own."""
+        held = self.leases.get(body.key)
+        kept = held is not None and held.by is body.by and held.longest <= BEAT + 2.0
+        return kept and self.world.now - held.at <= BEAT + 2.0
+
     def _time_left(self, body: Body) -> float:
         """Seconds until the lease under which a body runs has run out, as its worker knows it."""
-        if (body.by, body.key) in self._lost:
-            return 0.0
-        return self._renewed.get((body.by, body.key), -1e9) + TIME_TO_LIVE - self.world.now
+        left = self._renewed.get((body.by, body.key), -1e9) + TIME_TO_LIVE - self.world.now
+        return min(0.0, left) if (body.by, body.key) in self._lost else left
 
     def step(self, body: Body, done: int, seconds: float) -> None:
         """A body takes a step: it lasts `seconds`, in which anything may happen."""

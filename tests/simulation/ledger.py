@@ -5,10 +5,13 @@ Each violation names the property it breaks:
 * `complete`      a record stands without one of the objects of its output, or with wrong bytes;
 * `one output`    two outputs stand, or are reported, for one key;
 * `lease`         a lease is taken from a live holder, released by another, or revived after its release; a fence repeats;
+* `gave up`       a body is stopped for a lost lease that its worker has kept all the time;
 * `stops`         a body takes a step after its lease has run out (a deaf one: later than one beat after that);
 * `pointer`       a checkpoint pointer moves under an older fence, or is remade by a worker that lost its lease long ago;
 * `no rerun`      a body runs for a key whose record stood when its worker took the lease, or was not looked up;
 * `once`          a body runs while another holds the lease, or again after one that ended well on the same machine;
+* `in use`        a record is deleted that a run under way has found, or that a finished run names;
+* `collected`     after collections with nobody else at work, something unused is left, or something needed is not;
 * `resume`        a body goes on from another step than the newest checkpoint, or repeats more than one interval.
 """
 
@@ -21,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from artifacts.digest import digest_bytes
+from tasks.stage import StageStopped
 from tests.simulation.scheduler import Ended, Process, World
 
 TIME_TO_LIVE = 30.0
@@ -39,7 +43,7 @@ class Body:
     lease_taken: float
     ended: str = ""
     """`well`, `lost` (well, but its lease had run out by then) or `badly`; empty while it runs or if it was killed."""
-    take: object = None
+    deaf: bool = False
 
     def step(self, done: int, seconds: float) -> None:
         """Take the step after `done`."""
@@ -54,6 +58,8 @@ class _Lease:
     state: str
     at: float
     taken: float
+    longest: float = 0.0
+    """Longest time between two beats."""
 
 
 @dataclass(slots=True)
@@ -91,6 +97,8 @@ class Ledger:
     reached: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """Key -> most steps that a body has taken."""
     steps: int = 0
+    relied: set[str] = field(default_factory=set)
+    """Records that a run has found, or made, and announced before that it would."""
     _lost: dict[tuple[Process, str], int] = field(default_factory=dict)
     _looked: dict[tuple[Process, str], bool] = field(default_factory=dict)
     _renewed: dict[tuple[Process, str], float] = field(default_factory=dict)
@@ -126,6 +134,8 @@ class Ledger:
 
     def _record(self, key: str, before: bytes | None, after: bytes | None) -> None:
         if after is None:
+            if key in self.relied:
+                self.violated(f"in use: the record {key[:30]} was deleted")
             self.standing.pop(key, None)
             stage_key = key.split("/")[3].removesuffix(".json")
             self.bodies.pop(stage_key, None)
@@ -161,9 +171,10 @@ class Ledger:
     def _lease(self, key: str, after: bytes | None, by: Process) -> None:
         was = self.leases.get(key)
         if after is None:
-            if was is not None and was.state == "held":
-                self.violated("lease: a held lease was deleted")
+            if was is not None and was.state == "held" and was.by is not by:
+                self.violated(f"lease: that of {was.by.name} was deleted")
             self.leases.pop(key, None)
+            self._fences.pop(key, None)
             return
         body = json.loads(after)
         now, owner, fence, state = self.world.now, body["owner"], body["fence"], body["state"]
@@ -181,7 +192,8 @@ class Ledger:
         if not same and fence <= self._fences[key]:
             self.violated(f"lease: fence {fence} was used before")
         self._fences[key] = max(fence, self._fences[key])
-        self.leases[key] = _Lease(by, owner, fence, state, now, was.taken if same else now)
+        longest = max(was.longest, now - was.at) if same else 0.0
+        self.leases[key] = _Lease(by, owner, fence, state, now, was.taken if same else now, longest)
         self._lost.pop((by, key), None)
         if state == "held":
             self._renewed[by, key] = now
@@ -210,7 +222,9 @@ class Ledger:
         by = self.world.current
         work = self.work[by]
         lease = self.leases.get(work.key)
-        body = Body(f"{by.name}-{len(self.bodies[work.key])}", work.key, by, lease.taken if lease else 0.0)
+        body = Body(
+            f"{by.name}-{len(self.bodies[work.key])}", work.key, by, lease.taken if lease else 0.0, deaf=work.deaf
+        )
         self._check_start(body, work, done)
         self.bodies[work.key].append(body)
         self.world.note(f"body begins at step {done}")
@@ -218,8 +232,10 @@ class Ledger:
             yield body
         except Ended:
             raise
-        except BaseException:
+        except BaseException as error:
             body.ended = "badly"
+            if isinstance(error, StageStopped) and "lease" in str(error) and self._was_kept(body):
+                self.violated(f"gave up: {error}")
             raise
         body.ended = "well" if self._time_left(body) > 0 else "lost"
         self.world.note(f"body ended {body.ended}")
@@ -248,11 +264,16 @@ class Ledger:
         if self.reached[work.key] - done > work.interval:
             self.violated(f"resume: from step {done} after {self.reached[work.key]} steps, interval {work.interval}")
 
+    def _was_kept(self, body: Body) -> bool:
+        """True when the lease was renewed in time whenever it had to be, and is the worker's own."""
+        held = self.leases.get(body.key)
+        kept = held is not None and held.by is body.by and held.longest <= BEAT + 2.0
+        return kept and self.world.now - held.at <= BEAT + 2.0
+
     def _time_left(self, body: Body) -> float:
         """Seconds until the lease under which a body runs has run out, as its worker knows it."""
-        if (body.by, body.key) in self._lost:
-            return 0.0
-        return self._renewed.get((body.by, body.key), -1e9) + TIME_TO_LIVE - self.world.now
+        left = self._renewed.get((body.by, body.key), -1e9) + TIME_TO_LIVE - self.world.now
+        return min(0.0, left) if (body.by, body.key) in self._lost else left
 
     def step(self, body: Body, done: int, seconds: float) -> None:
         """A body takes a step: it lasts `seconds`, in which anything may happen."""
@@ -276,16 +297,29 @@ class Ledger:
             if body.by is process:
                 body.ended = "lost"
 
-    def reported(self, stage: str, key: str, output: str, by: Process) -> None:
+    def reported(self, stage: str, key: str, output: str, by: Process, *, relied: bool = True) -> None:
         """A worker says that the stage is done."""
         standing = self.standing.get(f"v1/act/{stage}/{key}.json")
         if standing is None or standing.output != output:
             self.violated(f"one output: {by.name} reports an output that does not stand for the key")
+        if relied:
+            self.relied.add(f"v1/act/{stage}/{key}.json")
 
     def check_end(self) -> None:
         """After the last process has ended."""
         for record in self.standing:
             self._check_complete(record)
+
+    def check_collected(self, needed: set[str]) -> None:
+        """After collections of everything that is not needed: `needed` are the records that a run names."""
+        records = set(self.standing)
+        parts = {part for record in needed & records for part in self.standing[record].parts}
+        kinds = ("v1/act/", "v1/cas/", "v1/tree/", "v1/parts/", "v1/wip/", "v1/lease/", "v1/intent/", "v1/run/active-")
+        left = {key for key in self.objects if key.startswith(kinds)}
+        if missing := (needed | parts) - left:
+            self.violated(f"collected: {len(missing)} objects that a run needs are gone, such as {min(missing)[:30]}")
+        if extra := left - needed - parts:
+            self.violated(f"collected: {len(extra)} unused objects are left, such as {min(extra)[:30]}")
 
 
 _LEDGER: list[Ledger] = []

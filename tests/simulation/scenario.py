@@ -21,11 +21,14 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-from artifacts import intent, lease, scratch
-from artifacts.digest import digest_bytes
+from artifacts import intent, lease, scratch, sweep
+from artifacts.digest import canonical_json, digest_bytes
 from artifacts.errors import StoreError
+from artifacts.intent import wait_until_spared
+from artifacts.mark import ACTIVE_RUNS
 from artifacts.store import Store
 from tasks.worker import Spec, Stop, Surroundings, execute
+from tests.simulation.collections import LONGEST_WAIT, Collections
 from tests.simulation.ledger import TIME_TO_LIVE, Ledger, Work, open_ledger
 from tests.simulation.scheduler import Process, SimulatedClock, Turns, World, enter
 from tests.simulation.server import Server, SimulatedBackend
@@ -55,6 +58,10 @@ class Plan:
     machines: int
     workers: int
     restarts: int
+    collectors: int
+    """Collections beside the workers, in a store with a past; 0 for an empty store."""
+    brisk: bool
+    """True when bodies are short and everybody begins at once, so that writers and collections meet often."""
     switch: float
     rates: dict[str, float]
     """Chance of each accident at a point, and of each fault at a request; absent ones never happen."""
@@ -76,13 +83,13 @@ def plan(seed: int) -> Plan:
     """The plan of a seed. One schedule in six is calm; the others have some kinds of accident often and the rest never."""
     rng = Random(f"plan {seed}")
     nodes: list[Node] = []
+    brisk = rng.random() < 0.3
     for index in range(rng.choice((1, 1, 2, 3))):
-        steps = rng.randint(1, 7)
         config = CountingConfig(
             seed=index,
-            steps=steps,
+            steps=1 if brisk else rng.randint(1, 7),
             interval=rng.randint(1, 4),
-            seconds=rng.choice((0.5, 4.0, 12.0)),
+            seconds=0.05 if brisk else rng.choice((0.5, 4.0, 12.0)),
             exact=rng.random() < 0.6,
         )
         above = tuple(node.name for node in nodes if rng.random() < 0.5)
@@ -94,6 +101,8 @@ def plan(seed: int) -> Plan:
         machines=rng.randint(1, 3),
         workers=rng.randint(1, 4),
         restarts=rng.randint(0, 4),
+        collectors=rng.choice((0, 0, 0, 1, 2)),
+        brisk=brisk,
         switch=rng.choice((0.05, 0.3, 0.9)),
         rates={} if calm else {kind: rng.choice((0.003, 0.01, 0.04)) for kind in kinds},
         budget=rng.randint(1, 12),
@@ -103,38 +112,54 @@ def plan(seed: int) -> Plan:
 class Schedule:
     """A world made from a plan, run to its end."""
 
-    def __init__(self, seed: int, folder: Path, *, trace: bool = False) -> None:
-        self.plan = plan(seed)
+    def __init__(self, seed: int, plan: Plan, folder: Path, *, trace: bool = False) -> None:
+        self.plan = plan
         self.world = World(seed, Turns(self.plan.switch, self._accident), trace=trace)
         self.ledger = open_ledger(Ledger(self.world))
         server = Server(self.world, self.ledger, self.ledger.objects)
         self.store = Store(SimulatedBackend(self.world, server, self._fault), clock=CLOCK, at_once=1)
         self.folder = folder
         self.rng = Random(f"accidents {seed}")
-        self.left = self.plan.budget
+        self.left = 0
+        """Accidents and faults that may still happen."""
         self.restarts = self.plan.restarts
         self.finished: list[Process] = []
+        self.named: set[tuple[str, str]] = set()
+        """(stage, key) of the records that finished runs name."""
         self.stops: dict[Process, Stop] = {}
         self.skews = [0.0, *(self.rng.uniform(-600, 600) for _ in range(self.plan.machines))]
 
     def run(self) -> None:
         """Everything until nobody is left, and the properties of the end."""
+        collections = Collections(self)
+        if self.plan.collectors:
+            collections.make_past()
+        self.left = self.plan.budget
         for _ in range(self.plan.workers):
-            self._start_worker(self.rng.uniform(0, 20) if self.rng.random() < 0.5 else 0.0)
-        busy = lambda: any(p.alive and p.stopped_until <= self.world.now for p in self.world.processes)  # noqa: E731
-        self.world.run(until=lambda: not busy(), before=4000.0)
+            self._start_worker(self.delay(20.0) if self.rng.random() < 0.5 else 0.0)
+        collections.start()
+        self.world.run(until=self._all_idle, before=self.world.now + 4000.0)
         self.left = 0
-        begun = self.world.now
-        last = self._start_worker(0.0, machine="fresh")
-        bound = sum(node.config.steps * node.config.seconds + 2 * TIME_TO_LIVE + 30 for node in self.plan.nodes)
-        self.world.run(until=lambda: not last.alive, before=begun + bound)
-        if last not in self.finished:
-            self.ledger.violated(f"no person: a fresh worker did not finish within {bound:.0f} s of the last accident")
+        self._finish_with_a_fresh_worker()
         self.world.run()
         self.ledger.check_end()
         for crash in self.world.crashes:
             self.ledger.violated(f"crash: {crash}")
         self._check_calm()
+        if self.plan.collectors:
+            collections.finish()
+
+    def _all_idle(self) -> bool:
+        return not any(p.alive and p.stopped_until <= self.world.now for p in self.world.processes)
+
+    def _finish_with_a_fresh_worker(self) -> None:
+        waits = LONGEST_WAIT if self.plan.collectors else 0.0
+        each = [node.config.steps * node.config.seconds + 2 * TIME_TO_LIVE + 30 + 2 * waits for node in self.plan.nodes]
+        begun, bound = self.world.now, sum(each)
+        last = self._start_worker(0.0, machine="fresh")
+        self.world.run(until=lambda: not last.alive, before=begun + bound)
+        if last not in self.finished:
+            self.ledger.violated(f"no person: a fresh worker did not finish within {bound:.0f} s of the last accident")
 
     def _check_calm(self) -> None:
         if self.plan.rates:
@@ -143,20 +168,29 @@ class Schedule:
             if len(bodies) != 1:
                 self.ledger.violated(f"once: nothing went wrong, and {len(bodies)} bodies ran for {key[:8]}")
 
+    def delay(self, longest: float) -> float:
+        """When a process begins."""
+        return self.rng.uniform(0.0, 0.5 if self.plan.brisk else longest)
+
     # Processes
+
+    def start(self, name: str, machine: str, life: Callable[[], None], delay: float, skew: float = 0.0) -> Process:
+        """A process that can be asked to stop."""
+        made = self.world.process(name, machine, life, delay=delay, skew=skew)
+        self.stops[made] = Stop()
+        return made
 
     def _start_worker(self, delay: float, machine: str = "") -> Process:
         number = self.rng.randrange(self.plan.machines) + 1
-        name = f"w{len(self.world.processes)}"
-        made = self.world.process(
-            name,
-            machine or f"m{number}",
-            lambda: self._work(made),
-            delay=delay,
-            skew=0.0 if machine else self.skews[number],
-        )
+
+        def life() -> None:
+            if self.run_stages(self.plan.nodes, remember=True):
+                self.finished.append(made)
+                self.world.counts["workers that finished"] += 1
+
+        name, skew = f"w{len(self.world.processes)}", 0.0 if machine else self.skews[number]
+        made = self.start(name, machine or f"m{number}", life, delay, skew)
         made.on_end = lambda: self._ended(made)
-        self.stops[made] = Stop()
         return made
 
     def _ended(self, process: Process) -> None:
@@ -164,27 +198,42 @@ class Schedule:
             self.restarts -= 1
             self._start_worker(self.rng.uniform(0.0, 90.0))
 
-    def _work(self, process: Process) -> None:
-        """The life of a worker: every stage of the graph in turn, as a run does it."""
+    def run_stages(self, nodes: list[Node], *, remember: bool) -> bool:
+        """Every stage in turn, as a run does it: announced, executed or adopted, remembered. False if it failed."""
+        process = self.world.current
+        active = f"{ACTIVE_RUNS}{uuid.uuid4().hex}.json"
         outputs: dict[str, str] = {}
-        for node in self.plan.nodes:
-            spec = self._spec(node, outputs, process)
-            self.ledger.work[process] = Work("counting", spec.key, node.config.interval, node.deaf)
-            message = self._execute(spec, process, node.deaf)
-            self.world.note(f"{node.name}: {message['event']} {message.get('message', '')}")
-            if message["event"] != "done":
-                self.world.counts[f"workers that {message['event']}"] += 1
-                return
-            self.ledger.reported("counting", spec.key, message["output"], process)
-            outputs[node.name] = message["output"]
+        named: dict[str, dict[str, str]] = {}
         try:
-            self.store.put_run({"experiment": "e", "complete": True, "nodes": outputs, "config": {}})
-        except StoreError:
-            return
-        self.finished.append(process)
-        self.world.counts["workers that finished"] += 1
+            for node in nodes:
+                spec = self._spec(node, outputs, process)
+                named[node.name] = {"stage": "counting", "key": spec.key}
+                if remember:
+                    self._announce(active, named)
+                self.ledger.work[process] = Work("counting", spec.key, node.config.interval, node.deaf)
+                message = self._execute(spec, process)
+                self.world.note(f"{node.name}: {message['event']} {message.get('message', '')}")
+                if message["event"] != "done":
+                    self.world.counts[f"workers that {message['event']}"] += 1
+                    return False
+                outputs[node.name] = message["output"]
+                self.ledger.reported("counting", spec.key, message["output"], process, relied=remember)
+            if remember:
+                self.store.put_run({"experiment": "e", "complete": True, "nodes": named, "config": {}})
+                self.named |= {(node["stage"], node["key"]) for node in named.values()}
+                self.store.backend.delete(active)
+        except StoreError as error:
+            self.world.note(f"the run failed: {error}")
+            return False
+        return True
 
-    def _execute(self, spec: Spec, process: Process, deaf: bool) -> dict[str, Any]:
+    def _announce(self, active: str, named: dict[str, dict[str, str]]) -> None:
+        """Say which records the run will rely on, and wait while a collection deletes one of them."""
+        self.store.backend.put(active, canonical_json({"schema": 1, "nodes": named}))
+        keys = frozenset(f"v1/act/{node['stage']}/{node['key']}.json" for node in named.values())
+        wait_until_spared(self.store.backend, keys, CLOCK)
+
+    def _execute(self, spec: Spec, process: Process) -> dict[str, Any]:
         messages: list[dict[str, Any]] = []
 
         def send(message: dict[str, Any]) -> None:
@@ -287,7 +336,10 @@ def simulated_machine(seed: int) -> Iterator[Path]:
     try:
         with mock.patch.object(uuid, "uuid4", lambda: uuid.UUID(int=names.getrandbits(128), version=4)):
             with mock.patch.multiple(lease, **fakes), mock.patch.multiple(scratch, **fakes):
-                with mock.patch.object(intent, "is_gone", is_gone):
+                with (
+                    mock.patch.object(intent, "is_gone", is_gone),
+                    mock.patch.object(sweep, "this_process", this_process),
+                ):
                     yield folder
     finally:
         random.setstate(state)
@@ -299,14 +351,13 @@ def _memory_folder() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
-def run_schedule(seed: int, *, trace: bool = False, inspect: Callable[[Schedule], None] = lambda s: None) -> Result:
-    """Run the schedule of `seed` to its end."""
+def run_schedule(seed: int, *, trace: bool = False, change: Callable[[Plan], Plan] = lambda plan: plan) -> Result:
+    """Run the schedule of `seed` to its end, with its plan changed by `change`."""
     with simulated_machine(seed) as folder:
-        schedule = Schedule(seed, folder, trace=trace)
+        schedule = Schedule(seed, change(plan(seed)), folder, trace=trace)
         enter(schedule.world)
         try:
             schedule.run()
-            inspect(schedule)
         except Exception as error:  # noqa: BLE001 - an error in a schedule is a finding with a seed
             schedule.ledger.violated(f"crash: {type(error).__name__}: {error}")
             if trace:

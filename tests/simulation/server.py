@@ -150,7 +150,15 @@ class SimulatedBackend:
         self._call("delete", key, lambda: self._server.delete(key, by))
 
     def delete_many(self, keys: Iterable[str]) -> None:
-        self._each(keys, self.delete)
+        """One request per key. A key is drawn in the very moment in which its request is sent, as by the local store."""
+        left = iter(keys)
+        by = self._world.current
+        while True:
+            self._world.point("delete of the next key")
+            key = next(left, None)
+            if key is None:
+                return
+            self._call("delete", key, lambda key=key: self._server.delete(key, by), at_once=True)
 
     def sweep(self, older_than_seconds: float, *, dry_run: bool = False) -> list[Entry]:
         return []
@@ -180,10 +188,11 @@ class SimulatedBackend:
         keys = sorted(k for k in self._server.objects if k.startswith(prefix) and k > after)[:PAGE]
         return [Entry(k, len(self._server.objects[k][0]), self._server.objects[k][2]) for k in keys]
 
-    def _call(self, verb: str, key: str, effect: Callable[[], Any]) -> Any:
+    def _call(self, verb: str, key: str, effect: Callable[[], Any], *, at_once: bool = False) -> Any:
         world = self._world
         world.counts["store calls"] += 1
-        world.point(f"{verb} {key}")
+        if not at_once:
+            world.point(f"{verb} {key}")
         fault = self._draw(verb, key)
         if fault is None and world.trace is None:
             pass

@@ -22,6 +22,8 @@ class CountingConfig(StageConfig):
     """Steps between two checkpoints."""
     seconds: float = Field(5.0, ge=0)
     """Length of a step."""
+    twin: int = 0
+    """Makes another key with the same output."""
     exact: bool = True
     """False for a body that leaves other bytes each time it runs, as training on some devices does."""
 
@@ -35,7 +37,7 @@ def counting(context: StageContext, config: CountingConfig, **inputs: Path) -> N
     done, total = (0, config.seed) if resumed is None else (resumed[0], json.loads((resumed[1] / "s.json").read_text()))
     with ledger().body(done) as body:
         while done < config.steps:
-            if context.should_stop():
+            if not body.deaf and context.should_stop():
                 if done:
                     _save(context, done, total)
                 context.stop()

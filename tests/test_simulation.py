@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.simulation.mutations import MUTATIONS, first_seed_that_sees
 from tests.simulation.scenario import plan, run_schedule
 from tests.simulation.soak import explain, run_many
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULES = 400
 SHARES = 4
+ENOUGH = 500
+"""Schedules within which a mutation has to be seen; each is within a hundred or so."""
 
 
 @pytest.mark.parametrize("share", range(SHARES))
@@ -51,3 +54,9 @@ def test_a_seed_is_a_schedule() -> None:
         )
         seen.add(done.stdout)
     assert len(seen) == 1 and len(set(next(iter(seen)).split())) == len(seeds)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_protocol_is_seen(name: str) -> None:
+    """Without any one precaution of the protocol, some schedule soon violates the very property that it is for."""
+    assert first_seed_that_sees(MUTATIONS[name], 0, ENOUGH) is not None

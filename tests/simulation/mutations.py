@@ -37,6 +37,8 @@ class Mutation:
     accidents: tuple[str, ...]
     """What it takes to see it soon; any of the simulation's accidents and faults."""
     collectors: int = 0
+    deaf: bool = False
+    """True when the bodies have to ignore that they are asked to stop."""
 
 
 def first_seed_that_sees(mutation: Mutation, first: int, number: int) -> Result | None:
@@ -44,12 +46,13 @@ def first_seed_that_sees(mutation: Mutation, first: int, number: int) -> Result 
     rates = dict.fromkeys(mutation.accidents, 0.02)
 
     def change(plan: Plan) -> Plan:
-        return replace(plan, rates=rates, budget=12, restarts=4, collectors=mutation.collectors)
+        nodes = [replace(node, deaf=node.deaf or mutation.deaf) for node in plan.nodes]
+        return replace(plan, nodes=nodes, rates=rates, budget=12, restarts=4, collectors=mutation.collectors)
 
     for seed in range(first, first + number):
         with mutation.patch():
             result = run_schedule(seed, change=change)
-        if result.violations:
+        if any(text.startswith(f"{mutation.sees}:") for text in result.violations):
             return result
     return None
 
@@ -215,8 +218,7 @@ _send = upload._Upload._send
 
 
 def _send_looking_first(self: Any, lanes: Any, window: Any, papers: Any = ()) -> None:
-    wanted = [upload.object_key("cas", part.digest) for _, part in window]
-    before = self._backend.sizes(wanted)
+    before = self._backend.sizes([blob.key for blob in window])
     with mock.patch.object(self, "_backend", _Replaced(self._backend, sizes=lambda keys: {k: before[k] for k in keys})):
         _send(self, lanes, window, papers)
 
@@ -239,8 +241,18 @@ class _NoList:
     def prove(self) -> None:
         pass
 
+    def while_proven(self, keys: Any) -> Any:
+        return iter(keys)
+
     def free(self) -> None:
         pass
+
+
+@contextmanager
+def _proving_nothing() -> Iterator[None]:
+    with mock.patch.object(sweep.CondemnedList, "prove", lambda self: None):
+        with mock.patch.object(sweep.CondemnedList, "while_proven", lambda self, keys: iter(keys)):
+            yield
 
 
 STOPS = ("stop", "long stop", "clock jumps")
@@ -263,7 +275,7 @@ MUTATIONS: dict[str, Mutation] = {
         _replace(worker._Attempt, "_why_stop", lambda self, held: self.stop()), "stops", STOPS
     ),
     "a body that is never ended": Mutation(
-        _replace(worker._Attempt, "_end_deaf_body", lambda self: None), "stops", STOPS
+        _replace(worker._Attempt, "_end_deaf_body", lambda self: None), "stops", STOPS, deaf=True
     ),
     "the record not looked for under the lease": Mutation(
         _replace(worker._Attempt, "_run_leased", _run_without_second_look), "no rerun", ()
@@ -297,9 +309,13 @@ MUTATIONS: dict[str, Mutation] = {
         _replace(upload._Upload, "_send", _send_looking_first), "complete", (), 1
     ),
     "a collection without a list": Mutation(_replace(sweep, "CondemnedList", _NoList), "complete", (), 1),
-    "a collection without a second look": Mutation(_replace(Marks, "refresh", _refresh_once), "complete", (), 1),
-    "a collection that proves nothing": Mutation(
-        _replace(sweep.CondemnedList, "prove", lambda self: None), "complete", ("long stop",), 1
+    "a collection without a second look": Mutation(_replace(Marks, "refresh", _refresh_once), "in use", (), 1),
+    "a collection that proves nothing": Mutation(_proving_nothing, "complete", ("long stop",), 1),
+    "a batch that is proven once": Mutation(
+        _replace(sweep.CondemnedList, "while_proven", lambda self, keys: iter(keys)), "complete", ("long stop",), 1
+    ),
+    "records and blobs in one batch": Mutation(
+        _replace(sweep, "_batches", lambda keys: [list(keys)] if keys else []), "complete", (), 1
     ),
     "blobs deleted before their records": Mutation(
         _replace(collect, "KINDS", dict(reversed(collect.KINDS.items()))), "complete", (), 1

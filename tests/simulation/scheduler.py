@@ -26,8 +26,12 @@ class Ended(BaseException):
     """Unwinds a thread of a process that no longer exists."""
 
 
+LONGEST = 200_000
+"""Turns after which a schedule is taken for one that never ends; they have some hundreds."""
+
+
 class Deadlock(Exception):
-    """Everybody waits for something that will never happen."""
+    """Everybody waits for something that will never happen, or somebody goes round in circles."""
 
 
 @dataclass(eq=False, slots=True)
@@ -108,6 +112,7 @@ class World:
         self.crashes: list[str] = []
         self._buried: list[Thread] = []
         self._closed = False
+        self._turns = 0
         self._hub = getcurrent()
         self._current: Thread | None = None
         self._network = Process("network", "network", 0, immortal=True)
@@ -147,6 +152,9 @@ class World:
                     return
                 self.now = max(self.now, min(min(wakes), before))
                 continue
+            self._turns += 1
+            if self._turns > LONGEST:
+                raise Deadlock(f"{LONGEST} turns, and no end; at work: {[f'{t.process.name} {t.name}' for t in ready]}")
             self._switch(ready[self.rng.randrange(len(ready))])
 
     def close(self) -> None:

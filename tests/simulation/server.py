@@ -84,6 +84,8 @@ class SimulatedBackend:
         self._server = server
         self._draw = draw
         """(verb, key) -> the fault of this request, if any."""
+        self._one_by_one = world.rng.random() < 0.5
+        """As a local folder does it; otherwise as S3 does."""
 
     def get(self, key: str, *, limit: int = MAX_OBJECT_BYTES) -> Object:
         by = self._world.current
@@ -150,15 +152,32 @@ class SimulatedBackend:
         self._call("delete", key, lambda: self._server.delete(key, by))
 
     def delete_many(self, keys: Iterable[str]) -> None:
-        """One request per key. A key is drawn in the very moment in which its request is sent, as by the local store."""
+        """Keys are drawn in the very moment in which they are sent: one by one, or all in one request.
+
+        The objects of one request go in any order, and the rest of them even if the sender has died meanwhile.
+        """
+        world, by = self._world, self._world.current
         left = iter(keys)
-        by = self._world.current
-        while True:
-            self._world.point("delete of the next key")
-            key = next(left, None)
-            if key is None:
-                return
-            self._call("delete", key, lambda key=key: self._server.delete(key, by), at_once=True)
+        if self._one_by_one:
+            while True:
+                world.point("delete of the next object")
+                if (key := next(left, None)) is None:
+                    return
+                self._call("delete", key, lambda key=key: self._server.delete(key, by), at_once=True)
+        world.point("delete of many objects")
+        waiting = set(left)
+        for key in sorted(waiting):
+            world.counts["store calls"] += 1
+
+            def delete(key: str = key) -> None:
+                self._server.delete(key, by)
+                waiting.discard(key)
+
+            world.later(world.rng.uniform(0.0, 0.5), delete)
+        fault = self._draw("delete", "of many objects")
+        world.wait(lambda: not waiting, 0.2 if fault else None)
+        if fault:
+            raise StoreUnavailable("simulated time-out of a deletion of many objects")
 
     def sweep(self, older_than_seconds: float, *, dry_run: bool = False) -> list[Entry]:
         return []

@@ -12,7 +12,7 @@ import ast
 import builtins
 from collections.abc import Callable
 
-from tasks.normal import ClassKind
+from tasks.reading import ClassKind
 from tasks.scopes import FUNCTIONS, Definition, arguments_of
 from tasks.source import Module, attribute_chain, is_idle, is_stage_decorator
 

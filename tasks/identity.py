@@ -26,7 +26,8 @@ from pydantic import BaseModel
 from artifacts.digest import canonical_json, digest_bytes
 from artifacts.record import ALGORITHM, payload_key
 from tasks.effects import Judge
-from tasks.normal import CALL, HARMLESS_MEMBERS, MENTION, VALUE, Part, Reading, read_statement
+from tasks.normal import read_statement
+from tasks.reading import CALL, HARMLESS_MEMBERS, MENTION, VALUE, Part, Reading
 from tasks.refusals import Origin, SourceError
 from tasks.source import Module, parse_module
 from tasks.stage import Stage, StageConfig

@@ -122,6 +122,8 @@ def _collect(body: Iterable[ast.AST], scope: Scope) -> None:
             if not nested and not isinstance(node.ctx, ast.Load):
                 _store(scope, node.id)
             continue
+        if isinstance(node, (ast.Constant, ast.expr_context)):
+            continue
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             name = mangled(node.name, scope.owner)
             scope.bound.add(name)
@@ -152,7 +154,12 @@ def _collect(body: Iterable[ast.AST], scope: Scope) -> None:
         for bound in names_bound(node):
             _store(scope, bound)
         inside = nested or isinstance(node, COMPREHENSIONS)
-        todo.extend((child, inside) for child in ast.iter_child_nodes(node))
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if isinstance(value, ast.AST):
+                todo.append((value, inside))
+            elif isinstance(value, list):
+                todo.extend((child, inside) for child in value if isinstance(child, ast.AST))
 
 
 def _store(scope: Scope, name: str) -> None:

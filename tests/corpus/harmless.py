@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from tests.corpus.mutation import hit
+from tests.corpus.real import LATE_BINDING
 
 BODY, HELPERS, SHAPES, CONFIG = "body.py", "helpers.py", "shapes.py", "config.py"
 
@@ -91,6 +92,7 @@ HARMLESS = (
     hit("rename: comprehension variable", (BODY, "json.loads(line) for line in lines", "json.loads(text) for text in lines")),
     hit("rename: variable of a dict comprehension", (BODY, "name: (path / \"more.txt\").read_text() for name, path in", "key: (place / \"more.txt\").read_text() for key, place in")),
     hit("rename: captured by a closure", (HELPERS, "    count = 0\n\n    def step() -> int:\n        nonlocal count\n        count += 1\n        return count", "    calls = 0\n\n    def step() -> int:\n        nonlocal calls\n        calls += 1\n        return calls")),
+    hit("rename: loop variable that a closure reads late", (HELPERS, "lambda: number for number in", "lambda: one for one in"), given=(LATE_BINDING,)),
     hit("rename: like a global that is not used there", (HELPERS, "    low = min(values)\n    high = max(values)\n    return [low,", "    state = min(values)\n    high = max(values)\n    return [state,")),
     hit("rename: exception", (HELPERS, "as error:\n        message = str(error)", "as raised:\n        message = str(raised)")),
     hit("rename: walrus", (HELPERS, "(found := next((number for number in numbers if number % 2 == 0), None)) is not None:\n        return found", "(even := next((n for n in numbers if n % 2 == 0), None)) is not None:\n        return even")),

@@ -14,6 +14,12 @@ CALLABLE = "the name of a parameter can be used by callers that are not seen"
 OBSERVABLE = "a function's name can be read from it"
 EQUAL = "equal values, but that is not worked out"
 FOREIGN = "a decorator that is not known may read docstring, annotations and names"
+LATE_BINDING = (
+    HELPERS,
+    "    for number in range(count):\n        yield number\n",
+    "    for made in [lambda: number for number in range(count)]:\n        yield made()\n",
+)
+"""A loop variable that a closure reads once the loop is over."""
 ORDER = "the order of a module that runs for effect is kept"
 
 REAL = (
@@ -83,6 +89,15 @@ REAL = (
     miss("helper: imported in a function", "lazy.py::late", ("lazy.py", "number + OFFSET", "number * OFFSET")),
     miss("helper: sort key", "body.py::length", (BODY, "return len(text), text", "return -len(text), text")),
     miss("helper: nested function of the body", "body.py::score", (BODY, "return round(value, ROUND)", "return round(value + 1, ROUND)")),
+    miss("closure: first value of a captured variable", "helpers.py::counter", (HELPERS, "    count = 0\n\n    def step", "    count = 5\n\n    def step")),
+    miss("closure: what it does to a captured variable", "helpers.py::counter", (HELPERS, "        count += 1\n        return count", "        count += 2\n        return count")),
+    miss("closure: what is given away", "helpers.py::counter", (HELPERS, "        return count\n\n    return step", "        return count\n\n    return lambda: step() + 1")),
+    miss("closure: bound when it is made, not when it is called", "helpers.py::numbers", (HELPERS, "lambda: number for", "lambda number=number: number for"), given=(LATE_BINDING,)),
+    miss("closure: captured parameter", "body.py::score", (BODY, "return round(value, ROUND)", "return round(value, config.steps // 100)")),
+    miss("helper: loop ends early", "helpers.py::numbers", (HELPERS, "        yield number\n\n\ndef ordered", "        yield number\n        break\n\n\ndef ordered")),
+    miss("helper: else of a loop", "helpers.py::numbers", (HELPERS, "        yield number\n\n\ndef ordered", "        yield number\n    else:\n        yield 7\n\n\ndef ordered")),
+    miss("helper: deleted key", "helpers.py::ordered", (HELPERS, "    return list(OrderedDict(table))", "    del table['b']\n    return list(OrderedDict(table))")),
+    miss("helper: slice", "body.py::score", (BODY, "sorted(rows)]", "sorted(rows)[1:]]")),
     miss("helper: decorator's wrapper", "helpers.py::traced", (HELPERS, "return function(*args", "return 2 * function(*args")),
     miss("helper: context manager", "helpers.py::opened", (HELPERS, '"closed"', '"shut"')),
     # Defaults, decorators, annotations that matter.

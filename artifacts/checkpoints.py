@@ -66,7 +66,7 @@ class StoredCheckpoints:
             self.backend.put_file(f"{self._root}/{name}/files/{relative}", path)
             rows.append([relative, path.stat().st_size, digest_file(path)])
         manifest = canonical_json({"step": step, "seconds": self.seconds, "files": rows})
-        self.backend.put(f"{self._root}/{name}/manifest.json", manifest, if_absent=True)
+        self.backend.put(f"{self._root}/{name}/manifest.json", manifest)
         try:
             self.confirm()
             dropped = self._advance({"name": name, "step": step, "digest": digest_bytes(manifest)})

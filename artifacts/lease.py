@@ -249,11 +249,11 @@ class Heartbeat:
             task.join()
 
     def _beat(self) -> None:
-        pause = self._lease.time_to_live / 3
+        pause = self._until_next()
         while not self._lease.clock.wait(self._ended, pause):
             try:
                 self._lease.renew()
-                pause = self._lease.time_to_live / 3
+                pause = self._until_next()
             except LeaseLost as error:
                 self._report(str(error))
                 return
@@ -262,6 +262,10 @@ class Heartbeat:
                     self._report(f"no heartbeat reached the store for {self._lease.time_to_live:.0f} s: {error}")
                     return
                 pause = min(1.0, self._lease.time_to_live / 10)
+
+    def _until_next(self) -> float:
+        """A third of the time to live; less where the request that wrote the lease took most of it."""
+        return min(self._lease.time_to_live / 3, self._lease.seconds_left / 2)
 
     def _watch(self) -> None:
         while not self._lease.clock.wait(self._ended, self._lease.seconds_left):

@@ -15,6 +15,8 @@ from typing import TypeVar
 T = TypeVar("T")
 FIRST_PAUSE = 0.2
 LONGEST_PAUSE = 10.0
+SHORTEST_PAUSE = 0.75 * FIRST_PAUSE
+"""A call that took less time than this was answered by its first request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,5 +48,8 @@ def persist(call: Callable[[], T], may_pass: Callable[[Exception], bool], patien
             late = time.monotonic() - started > patience.seconds
             if attempt == patience.attempts or late or not may_pass(error):
                 raise
+            failure = error
         pause(random.uniform(0.75, 1.0) * min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)))
+        if time.monotonic() - started > patience.seconds:
+            raise failure  # the process stood still: what was true when it sent the request may be so no more
     raise AssertionError("not reached")

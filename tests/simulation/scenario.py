@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-from artifacts import intent, lease, scratch, sweep
+from artifacts import intent, lease, retry, scratch, sweep
 from artifacts.digest import canonical_json, digest_bytes
 from artifacts.errors import StoreError
 from artifacts.intent import wait_until_spared
@@ -34,9 +34,18 @@ from tests.simulation.scheduler import Process, SimulatedClock, Turns, World, en
 from tests.simulation.server import Server, SimulatedBackend
 from tests.simulation.stages import CountingConfig
 
-ACCIDENTS = ("kill", "stop", "long stop", "clock jumps", "asked to stop")
-FAULTS = ("slow", "error", "lost reply", "sent twice", "late", "refused")
-WRITES = ("put", "create", "swap", "delete")
+ACCIDENTS = ("kill", "stop", "long stop", "clock jumps", "clock set", "asked to stop")
+ANY_FAULTS = ("slow", "throttle", "403", "500", "time-out", "outage")
+WRITE_FAULTS = ("lost reply", "duplicate", "late")
+FAULTS = (*ANY_FAULTS, *WRITE_FAULTS, "409", "412")
+RARE = 3
+"""How many times more likely a fault is at a request of a kind that there are few of."""
+EXPECTED = ("StoreUnavailable", "LeaseLost")
+"""Errors that a worker may fail with, and be started again."""
+CONDITIONAL = ("create", "swap")
+WRITES = ("put", "delete", *CONDITIONAL)
+SKEW = 600.0
+"""Most seconds by which a machine's wall clock is wrong."""
 CLOCK = SimulatedClock()
 
 
@@ -116,8 +125,8 @@ class Schedule:
         self.plan = plan
         self.world = World(seed, Turns(self.plan.switch, self._accident), trace=trace)
         self.ledger = open_ledger(Ledger(self.world))
-        server = Server(self.world, self.ledger, self.ledger.objects)
-        self.store = Store(SimulatedBackend(self.world, server, self._fault), clock=CLOCK, at_once=1)
+        self.server = Server(self.world, self.ledger, self.ledger.objects)
+        self.store = Store(SimulatedBackend(self.world, self.server, self._fault), clock=CLOCK, at_once=1)
         self.folder = folder
         self.rng = Random(f"accidents {seed}")
         self.left = 0
@@ -127,7 +136,7 @@ class Schedule:
         self.named: set[tuple[str, str]] = set()
         """(stage, key) of the records that finished runs name."""
         self.stops: dict[Process, Stop] = {}
-        self.skews = [0.0, *(self.rng.uniform(-600, 600) for _ in range(self.plan.machines))]
+        self.skews = [0.0, *(self.rng.uniform(-SKEW, SKEW) for _ in range(self.plan.machines))]
 
     def run(self) -> None:
         """Everything until nobody is left, and the properties of the end."""
@@ -139,7 +148,7 @@ class Schedule:
             self._start_worker(self.delay(20.0) if self.rng.random() < 0.5 else 0.0)
         collections.start()
         self.world.run(until=self._all_idle, before=self.world.now + 4000.0)
-        self.left = 0
+        self.left, self.server.down_until = 0, 0.0
         self._finish_with_a_fresh_worker()
         self.world.run()
         self.ledger.check_end()
@@ -215,6 +224,8 @@ class Schedule:
                 self.world.note(f"{node.name}: {message['event']} {message.get('message', '')}")
                 if message["event"] != "done":
                     self.world.counts[f"workers that {message['event']}"] += 1
+                    if message["event"] == "failed" and message["kind"] not in EXPECTED:
+                        self.ledger.violated(f"crash: {message['kind']}: {message['message']}")
                     return False
                 outputs[node.name] = message["output"]
                 self.ledger.reported("counting", spec.key, message["output"], process, relied=remember)
@@ -288,15 +299,23 @@ class Schedule:
         elif kind == "clock jumps":
             self.world.now += self.rng.uniform(1.0, 2 * TIME_TO_LIVE)
             self.world.resumed = self.world.now
+        elif kind == "clock set":
+            self._set_clock(process.machine, self.rng.uniform(-SKEW, SKEW))
         else:
             self.stops[process].request("SIGTERM")
 
+    def _set_clock(self, machine: str, skew: float) -> None:
+        for process in self.world.processes:
+            if process.machine == machine:
+                process.skew = skew
+
     def _fault(self, verb: str, key: str) -> str | None:
-        kind = self._draw(FAULTS)
-        if kind in ("lost reply", "sent twice", "late") and verb not in WRITES:
-            kind = None
-        if kind == "refused" and verb not in ("create", "swap"):
-            kind = None
+        possible = FAULTS
+        if verb not in WRITES:
+            possible = ANY_FAULTS
+        elif verb not in CONDITIONAL:
+            possible = ANY_FAULTS + WRITE_FAULTS
+        kind = self._draw(possible)
         if kind is not None:
             self.world.counts[kind] += 1
         return kind
@@ -306,7 +325,7 @@ class Schedule:
             return None
         roll = self.rng.random()
         for kind in kinds:
-            rate = self.plan.rates.get(kind, 0.0)
+            rate = self.plan.rates.get(kind, 0.0) * (1 if kind in ANY_FAULTS or kind in ACCIDENTS else RARE)
             if roll < rate:
                 self.left -= 1
                 return kind
@@ -339,6 +358,7 @@ def simulated_machine(seed: int) -> Iterator[Path]:
                 with (
                     mock.patch.object(intent, "is_gone", is_gone),
                     mock.patch.object(sweep, "this_process", this_process),
+                    mock.patch.multiple(retry, pause=CLOCK.sleep, time=CLOCK),
                 ):
                     yield folder
     finally:

@@ -103,7 +103,7 @@ class World:
         self.rng = Random(seed)
         self.turns = turns
         self.now = 0.0
-        self.resumed = 0.0
+        self.resumed = float("-inf")
         """Last time at which the clock jumped for everybody."""
         self.counts: Counter[str] = Counter()
         self.processes: list[Process] = []

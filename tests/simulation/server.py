@@ -1,8 +1,9 @@
 """The store's server, and the unreliable network before it, as a backend of the real protocol.
 
 The server is strongly consistent, as S3 is: every effect is atomic. What can go wrong lies between it and the caller:
-slowness (throttling, conflicts that the client retries), errors without an effect, lost replies, requests that arrive twice
-or late, and refusals without a reason. ETags are digests of the content, as on S3, so that a value that comes back is taken
+throttling (503), conflicts (409), errors with and without an effect (500), time-outs, lost replies, requests that arrive
+twice or late, refusals (403, 412) without a reason, and minutes without any answer. Requests are sent again by the rules of
+the real client, see `artifacts.retry`. ETags are digests of the content, as on S3, so that a value that comes back is taken
 for the one that was seen before.
 """
 
@@ -10,18 +11,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, wrong_size
 from artifacts.digest import digest_bytes
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
+from artifacts.retry import BRIEF, PATIENT, Patience, persist
+from artifacts.s3_client import READ_SECONDS
 from tests.simulation.scheduler import EPOCH, Process, World
 
 PAGE = 7
 """Objects per page of a listing: between two pages anything may happen."""
 LATE_SECONDS = 15.0
-"""Longest time after which a request arrives that its sender had given up."""
+"""Longest time after which a request arrives that its sender had given up, or arrives for the second time."""
+TIMEOUT_SECONDS = float(READ_SECONDS)
+"""Time after which the client gives a request up."""
+
+
+class Passing(Exception):
+    """An answer, or the lack of one, after which the client sends the request again."""
 
 
 class Watcher(Protocol):
@@ -39,6 +49,8 @@ class Server:
 
     def __init__(self, world: World, watcher: Watcher, objects: dict[str, tuple[bytes, str, float]]) -> None:
         self.objects = objects
+        self.down_until = 0.0
+        """Virtual time until which nobody gets an answer."""
         self._world = world
         self._watcher = watcher
 
@@ -106,7 +118,7 @@ class SimulatedBackend:
             file.seek(offset)
             data = file.read(-1 if size is None else size)
         by = self._world.current
-        self._call("put", key, lambda: self._server.put(key, data, by))
+        self._call("put", key, lambda: self._server.put(key, data, by), PATIENT)
         if progress is not None:
             progress(len(data))
 
@@ -165,19 +177,20 @@ class SimulatedBackend:
                     return
                 self._call("delete", key, lambda key=key: self._server.delete(key, by), at_once=True)
         world.point("delete of many objects")
-        waiting = set(left)
-        for key in sorted(waiting):
-            world.counts["store calls"] += 1
+        some = sorted(left)
 
-            def delete(key: str = key) -> None:
+        def effect() -> None:
+            waiting = set(some)
+
+            def delete(key: str) -> None:
                 self._server.delete(key, by)
                 waiting.discard(key)
 
-            world.later(world.rng.uniform(0.0, 0.5), delete)
-        fault = self._draw("delete", "of many objects")
-        world.wait(lambda: not waiting, 0.2 if fault else None)
-        if fault:
-            raise StoreUnavailable("simulated time-out of a deletion of many objects")
+            for key in some:
+                world.later(world.rng.uniform(0.0, 0.5), partial(delete, key))
+            world.wait(lambda: not waiting, None)
+
+        self._call("delete", "of many objects", effect, at_once=True)
 
     def sweep(self, older_than_seconds: float, *, dry_run: bool = False) -> list[Entry]:
         return []
@@ -207,49 +220,88 @@ class SimulatedBackend:
         keys = sorted(k for k in self._server.objects if k.startswith(prefix) and k > after)[:PAGE]
         return [Entry(k, len(self._server.objects[k][0]), self._server.objects[k][2]) for k in keys]
 
-    def _call(self, verb: str, key: str, effect: Callable[[], Any], *, at_once: bool = False) -> Any:
+    def _call(
+        self, verb: str, key: str, effect: Callable[[], Any], patience: Patience = BRIEF, *, at_once: bool = False
+    ) -> Any:
+        """Send a request until it is answered, with the pauses and the patience of the S3 client.
+
+        With `at_once` nothing comes between the call and its first request.
+        """
         world = self._world
         world.counts["store calls"] += 1
-        if not at_once:
-            world.point(f"{verb} {key}")
-        fault = self._draw(verb, key)
-        if fault is None and world.trace is None:
-            pass
-        else:
-            world.note(f"{verb} {short(key)}{f' !{fault}' if fault else ''}")
+        requests = 0
+
+        def request() -> Any:
+            nonlocal requests
+            requests += 1
+            if requests > 1 or not at_once:
+                world.point(f"{verb} {key}")
+            return self._send(verb, key, effect)
+
         try:
-            answer = effect() if fault is None else self._faulty(fault, key, effect)
+            answer = persist(request, lambda error: isinstance(error, Passing), patience)
         except (NotFound, Conflict):
             world.point(f"{verb} {key} answered")
             raise
+        except Passing as error:
+            raise StoreUnavailable(f"simulated: {error} for {verb} {key}") from error
         world.point(f"{verb} {key} answered")
         return answer
 
-    def _faulty(self, fault: str, key: str, effect: Callable[[], Any]) -> Any:
+    def _send(self, verb: str, key: str, effect: Callable[[], Any]) -> Any:
+        """One request."""
+        world = self._world
+        world.counts["requests"] += 1
+        if world.now < self._server.down_until:
+            world.counts["requests during an outage"] += 1
+            self._pass(world.rng.uniform(0.0, 5.0))
+            raise Passing("no connection")
+        fault = self._draw(verb, key)
+        if fault is None:
+            if world.trace is not None:
+                world.note(f"{verb} {short(key)}")
+            return effect()
+        world.note(f"{verb} {short(key)} !{fault}")
+        return self._faulty(fault, verb, key, effect)
+
+    def _faulty(self, fault: str, verb: str, key: str, effect: Callable[[], Any]) -> Any:
         world = self._world
         if fault == "slow":
             self._pass(world.rng.uniform(0.1, 40.0))
             return effect()
-        if fault == "error":
-            self._pass(world.rng.uniform(0.0, 20.0))
-            raise StoreUnavailable(f"simulated error at {key}")
+        if fault == "outage":
+            self._server.down_until = world.now + world.rng.uniform(1.0, 90.0)
+            raise Passing("no connection")
+        if fault == "403":
+            raise StoreUnavailable(f"simulated: HTTP 403 for {verb} {key}")
+        if fault == "412":
+            raise Conflict(f"simulated: HTTP 412 for {verb} {key}")
+        if fault in ("409", "throttle"):
+            raise Passing(f"HTTP {'409' if fault == '409' else '503 SlowDown'}")
+        if fault == "500":
+            if world.rng.random() < 0.5:
+                self._ignoring(effect)
+            raise Passing("HTTP 500")
+        if fault == "time-out":
+            self._give_up()
+            raise Passing("no answer in time")
         if fault == "lost reply":
             self._ignoring(effect)
-            self._pass(world.rng.uniform(0.0, 20.0))
-            raise StoreUnavailable(f"simulated time-out at {key}")
-        if fault == "sent twice":
-            self._ignoring(effect)
-            self._pass(world.rng.uniform(0.0, 5.0))
+            self._give_up()
+            raise Passing("the connection broke")
+        if fault == "duplicate":
+            world.later(world.rng.uniform(0.0, LATE_SECONDS), lambda: self._ignoring(effect))
             return effect()
         if fault == "late":
             world.later(world.rng.uniform(0.0, LATE_SECONDS), lambda: self._ignoring(effect))
-            if world.rng.random() < 0.5:
-                self._pass(world.rng.uniform(0.0, 5.0))
-                return effect()
-            raise StoreUnavailable(f"simulated time-out at {key}; the request is still on its way")
-        if fault == "refused":
-            raise Conflict(f"simulated refusal at {key}")
+            self._give_up()
+            raise Passing("the connection broke")
         raise AssertionError(fault)
+
+    def _give_up(self) -> None:
+        """Wait until the connection breaks, which is soon, or until the client's patience with it is at its end."""
+        rng = self._world.rng
+        self._pass(rng.uniform(0.0, 1.0) if rng.random() < 0.5 else rng.uniform(0.0, TIMEOUT_SECONDS))
 
     def _pass(self, seconds: float) -> None:
         self._world.wait(None, seconds)

@@ -10,13 +10,15 @@ Every backend gives the same guarantees, which the rest of the store is built on
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from artifacts.errors import Damaged, NotFound, StoreError, TooLarge
+from artifacts.errors import Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
 
 MAX_OBJECT_BYTES = 16 << 20
 """Most bytes that are read into memory at once, so that no store can exhaust it. Blobs are streamed and have no limit."""
@@ -114,6 +116,24 @@ class Backend(Protocol):
 def wrong_size(key: str, url: str, expected: int, found: int) -> Damaged:
     """The error of an object that is longer or shorter than it must be."""
     return Damaged(f"{key} in the store {url} is {found} bytes long; expected {expected}")
+
+
+@contextmanager
+def local_file(path: Path) -> Iterator[None]:
+    """Around work on a file that is not the store's: a full or unreadable disk of this machine is no error of the store."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StoreUnavailable(f"the file {path}: {reason}; check its permissions and the free space") from error
+
+
+def write_at(file: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data`: a disk that fills up takes some bytes, and says so only when it is asked to take the rest."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file, view, offset)
+        view, offset = view[count:], offset + count
 
 
 def get_each(backend: Backend, keys: Iterable[str], limit: int) -> dict[str, Object | None]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from artifacts.backend import Backend
+from artifacts.backend import Backend, local_file, write_at
 from artifacts.digest import digest_bytes, update_from
 from artifacts.errors import Damaged, NotFound, StoreError
 from artifacts.packing import unpack
@@ -39,6 +39,7 @@ def download(store: Store, tree: Tree, into: Path, listener: Moved | None = None
 
     Raises:
         Damaged: an object is missing or its bytes are wrong; no file with wrong bytes is left under `into`.
+        StoreUnavailable: the store does not answer, or `into` cannot be written.
     """
     lists = stored_parts(store, tree.files)
     meter = Meter(tree.size, listener)
@@ -47,7 +48,8 @@ def download(store: Store, tree: Tree, into: Path, listener: Moved | None = None
         with Lanes(store.at_once) as lanes:
             for file in tree.files:
                 target = into / file.path
-                target.parent.mkdir(parents=True, exist_ok=True)
+                with local_file(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
                 stored = lists.get(file.digest)
                 parts = () if stored is None else read_parts(stored, file, tree.digest, store.backend.url)
                 files.append(_Arriving(store.backend, file, parts, target, tree.digest, meter))
@@ -144,9 +146,11 @@ class _Arriving:
             plain = unpack(packed, part.size, part.width)
         except ValueError as error:
             raise self._damaged(f"cannot be unpacked ({error})", part.digest) from error
-        with open(os.open(self.temporary, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
-            file.seek(part.offset)
-            file.write(plain)
+        with (
+            local_file(self.temporary),
+            open(os.open(self.temporary, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file,
+        ):
+            write_at(file.fileno(), plain, part.offset)
         self._meter.add(part.size)
 
     def _damaged(self, what: str, digest: str) -> Damaged:

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from blake3 import blake3
 
-from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, get_each, wrong_size
+from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, get_each, local_file, write_at, wrong_size
 from artifacts.digest import digest_bytes, digest_file
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
 
@@ -109,14 +109,19 @@ class LocalBackend:
                     progress(length)
                 return digest_file(path)
             # Never truncates what is there: it may be a link to an object.
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT, FILE_MODE), "wb") as file:
-                file.seek(offset or 0)
-                hasher = blake3()
+            with local_file(path):
+                file = os.open(path, os.O_WRONLY | os.O_CREAT, FILE_MODE)
+            try:
+                hasher, done = blake3(), offset or 0
                 for chunk in _chunks(source, None):
-                    file.write(chunk)
+                    with local_file(path):
+                        write_at(file, chunk, done)
+                    done += len(chunk)
                     hasher.update(chunk)
                     if progress is not None:
                         progress(len(chunk))
+            finally:
+                os.close(file)
             return hasher.hexdigest()
 
     def _link(self, key: str, path: Path) -> bool:

@@ -17,15 +17,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from blake3 import blake3
 
-from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, wrong_size
-from artifacts.errors import NotFound, StoreError, StoreUnavailable, TooLarge
+from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, local_file, write_at, wrong_size
+from artifacts.errors import NotFound, StoreError, TooLarge
 from artifacts.parts import MAX_PARTS, PART_BYTES, Part, Transfer, split
 from artifacts.redact import harmless
 from artifacts.retry import BRIEF, PATIENT, Patience, persist
@@ -84,7 +83,7 @@ class S3Backend:
     def put_file(
         self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
     ) -> None:
-        with _local_file(path), open(path, "rb") as file:
+        with local_file(path), open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size - offset if size is None else size
             self._upload(key, file.fileno(), offset, length, progress or _unwatched)
 
@@ -100,11 +99,11 @@ class S3Backend:
         report, total = progress or _unwatched, self.size(key) if size is None else size
         if total is None or total <= GET_PART_BYTES:
             data = self._whole(key, size)
-            with _local_file(path), _opened(path, offset) as file:
-                _write(file, data, offset or 0)
+            with local_file(path), _opened(path, offset) as file:
+                write_at(file.fileno(), data, offset or 0)
             report(len(data))
             return blake3(data).hexdigest()
-        with _local_file(path), _opened(path, offset) as file:
+        with local_file(path), _opened(path, offset) as file:
             return self._download(key, file, offset or 0, total, report)
 
     def list(self, prefix: str) -> Iterator[Entry]:
@@ -273,7 +272,7 @@ class S3Backend:
         def fetch(index: int, part: Part, buffer: bytearray) -> None:
             view = memoryview(buffer)[: part[1]]
             self._ask(key, "read", lambda: self._read_range(key, part, view, total), PATIENT)
-            _write(file, view, offset + part[0])
+            write_at(file.fileno(), view, offset + part[0])
 
         def arrived(part: Part, buffer: bytearray) -> None:
             hasher.update(memoryview(buffer)[: part[1]])
@@ -309,16 +308,6 @@ def _unwatched(moved: int) -> None:
     """Progress that nobody watches."""
 
 
-@contextmanager
-def _local_file(path: Path) -> Iterator[None]:
-    """A full or unreadable disk of this machine is not an error of the server's."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StoreUnavailable(f"the file {path}: {reason}; check its permissions and the free space") from error
-
-
 def _opened(path: Path, offset: int | None) -> BinaryIO:
     """`path` for writing from `offset` on. Without one it is a new file: what it was may be a link to an object."""
     if offset is None:
@@ -331,11 +320,4 @@ def _fill(view: memoryview, file: int, offset: int, key: str) -> None:
         count = os.preadv(file, [view], offset)
         if count == 0:
             raise StoreError(f"{key}: the file to store became shorter while it was read")
-        view, offset = view[count:], offset + count
-
-
-def _write(file: BinaryIO, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(file.fileno(), view, offset)
         view, offset = view[count:], offset + count

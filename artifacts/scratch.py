@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,24 @@ class Attempt:
         """Note that the body ended well after `seconds` of running."""
         content = canonical_json({"seconds": seconds, "files": _listing(self.out)})
         temporary = self.folder / f"{FINISHED}.part"
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / FINISHED)
+        with _writing(self.folder):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / FINISHED)
+
+    @contextmanager
+    def work(self) -> Iterator[Path]:
+        """A folder for the length of the body.
+
+        Raises:
+            StoreUnavailable: the scratch folder cannot be written.
+        """
+        with _writing(self.folder):
+            temporary = tempfile.TemporaryDirectory(prefix="work-", dir=self.folder)
+        with temporary as folder:
+            yield Path(folder)
 
     def is_finished(self) -> bool:
         """True when the body ended well and every file still is as it left it."""
@@ -93,16 +108,22 @@ def new_attempt(scratch: Path, key: str, name: str) -> Attempt:
         StoreUnavailable: the scratch folder cannot be written.
     """
     attempt = Attempt(scratch / key / name)
-    try:
+    with _writing(scratch):
         make_folders(attempt.folder.parent)
         attempt.folder.mkdir(0o700)
         (attempt.folder / HOLDER).write_bytes(canonical_json(this_process()))
         attempt.out.mkdir()
+    return attempt
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StoreUnavailable(
-            f"cannot write the scratch folder {scratch}: {error.strerror or error}; check its permissions and free space"
+            f"cannot write the scratch folder {folder}: {error.strerror or error}; check its permissions and free space"
         ) from error
-    return attempt
 
 
 def finished_attempt(scratch: Path, key: str) -> Attempt | None:

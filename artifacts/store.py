@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from artifacts.backend import Backend, Object, open_backend
+from artifacts.backend import Backend, Object, local_file, open_backend
 from artifacts.clock import SYSTEM, Clock
 from artifacts.digest import canonical_json, digest_bytes, is_digest, unseal
 from artifacts.download import download, read_file, wrong_objects
@@ -79,9 +79,11 @@ class Store:
 
         Raises:
             Damaged: a blob is missing or its bytes are wrong; nothing with a wrong digest is left under `into`.
+            StoreUnavailable: the store does not answer, or `into` cannot be written.
         """
         tree = self.tree(digest)
-        into.mkdir(parents=True, exist_ok=True)
+        with local_file(into):
+            into.mkdir(parents=True, exist_ok=True)
         download(self, tree, into, progress)
         return tree
 

@@ -16,7 +16,6 @@ import importlib
 import json
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -200,16 +199,16 @@ class _Attempt:
             self.send({"event": "log", "message": f"checkpoints of the finished stage were left behind: {error}"})
 
     def _run_body(self, attempt: scratch.Attempt, checkpoints: StoredCheckpoints, lease: Lease) -> None:
-        with tempfile.TemporaryDirectory(prefix="work-", dir=attempt.folder) as work:
+        with attempt.work() as work:
             inputs: dict[str, Path] = {}
             for name, digest in self.spec.inputs.items():
-                inputs[name] = Path(work, "inputs", digest)
+                inputs[name] = work / "inputs" / digest
                 if not inputs[name].exists():
                     self.store.materialise(digest, inputs[name], self._reporting(f"reading {name}"))
             timed = _TimedCheckpoints(checkpoints, self.clock)
             context = StageContext(
                 out=attempt.out,
-                work=Path(work),
+                work=work,
                 checkpoints=timed,
                 on_progress=self._on_progress,
                 on_log=lambda message: self.send({"event": "log", "message": message}),

@@ -118,10 +118,13 @@ def _new_user(server: Server, *actions: str) -> dict[str, str]:
 
 
 @contextmanager
-def swift_server(folder: Path) -> Iterator[Server]:
-    """OpenStack Swift with its S3 API, keeping its files under `folder`."""
-    port, key = free_port(), "test:tester"
-    command = [sys.executable, "-m", "tests.swift_server", str(folder), str(port), key, SECRET]
+def swift_server(folder: Path, *, port: int = 0, reserve: str = "0") -> Iterator[Server]:
+    """OpenStack Swift with its S3 API, keeping its files under `folder`, where another one may have left some.
+
+    It takes no object when less than `reserve` (bytes, or a percentage) of the disk would stay free.
+    """
+    port, key = port or free_port(), "test:tester"
+    command = [sys.executable, "-m", "tests.swift_server", str(folder), str(port), key, SECRET, reserve]
     with _running(command, port, {"PYTHONPATH": str(ROOT)}) as process:
         yield Server("swift", f"http://127.0.0.1:{port}", key, SECRET, process)
 

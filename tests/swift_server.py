@@ -1,7 +1,8 @@
-"""OpenStack Swift with its S3 API as one process: `python -m tests.swift_server FOLDER PORT ACCESS_KEY SECRET`.
+"""OpenStack Swift with its S3 API as one process: `python -m tests.swift_server FOLDER PORT ACCESS_KEY SECRET RESERVE`.
 
 Account, container and object servers and the proxy run in one eventlet loop on 127.0.0.1, with one replica and files under
-FOLDER. Good for large objects, checked uploads, a full disk and kills: it keeps its data on disk and uses little memory.
+FOLDER. It takes no object that would leave less than RESERVE of the disk free, bytes or a percentage. Good for large objects,
+checked uploads, a full disk and kills: it keeps its data on disk and uses little memory.
 Not good for conditions: `If-None-Match` is looked at before the write, without a lock, and `If-Match` is not implemented.
 The access key has the form `account:user`.
 """
@@ -33,6 +34,7 @@ COMMON = {
     "log_level": "ERROR",
     "conn_timeout": "5",
     "node_timeout": "60",
+    "error_suppression_interval": "0",
     "client_timeout": "60",
     "network_chunk_size": MEBIBYTE,
     "disk_chunk_size": MEBIBYTE,
@@ -74,8 +76,8 @@ class Quiet:
     debug = info = warning = error = write
 
 
-def configure(folder: Path) -> None:
-    """Give Swift its cluster-wide settings, which it otherwise reads from /etc at import time."""
+def configure(folder: Path, reserve: str) -> None:
+    """Give Swift its cluster-wide settings, which it otherwise reads from /etc at import time, or when it becomes a daemon."""
     from swift.common import constraints, storage_policy, utils
 
     (folder / "srv" / "disk").mkdir(parents=True, exist_ok=True)
@@ -83,6 +85,7 @@ def configure(folder: Path) -> None:
     utils.SWIFT_CONF_FILE = str(folder / "swift.conf")
     utils.validate_configuration()
     utils.HASH_PATH_SUFFIX = utils.HASH_PATH_PREFIX = b"tests"
+    utils.FALLOCATE_RESERVE, utils.FALLOCATE_IS_PERCENT = utils.config_fallocate_value(reserve)
     constraints.reload_constraints()
     storage_policy.reload_storage_policies()
 
@@ -136,7 +139,7 @@ def serve(socket: Any, application: Any) -> None:
 def main() -> None:
     """Start every server; the S3 API's port answers last."""
     folder, port, access_key, secret = Path(sys.argv[1]).absolute(), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    configure(folder)
+    configure(folder, sys.argv[5])
     from swift.account.server import AccountController
     from swift.common.utils import get_logger
     from swift.container.server import ContainerController

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from artifacts.errors import Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
+from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
 
 MAX_OBJECT_BYTES = 16 << 20
 """Most bytes that are read into memory at once, so that no store can exhaust it. Blobs are streamed and have no limit."""
@@ -134,6 +134,23 @@ def write_at(file: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(file, view, offset)
         view, offset = view[count:], offset + count
+
+
+def put_own(backend: Backend, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
+    """A conditional `put` of bytes that nobody else would put there.
+
+    The refusal may answer a second attempt after the reply to the first was lost, so it counts only if other bytes
+    stand there.
+
+    Raises:
+        Conflict: the object exists, or changed, and is not this one.
+    """
+    try:
+        backend.put(key, data, if_absent=if_absent, if_match=if_match)
+    except Conflict:
+        standing = backend.get_many([key])[key]
+        if standing is None or standing.data != data:
+            raise
 
 
 def get_each(backend: Backend, keys: Iterable[str], limit: int) -> dict[str, Object | None]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts.backend import Backend
+from artifacts.backend import Backend, put_own
 from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest, parse_canonical, seal, unseal
 from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError, TooLarge
 from artifacts.trees import File, check_files
@@ -98,7 +98,7 @@ class StoredCheckpoints:
         intact = [pointer for pointer in pointers if self._is_intact(pointer, room)]
         body = seal({"fence": self.fence, "checkpoints": intact})
         try:
-            self.backend.put(f"{self._root}/LATEST", body, **({"if_match": etag} if etag else {"if_absent": True}))
+            put_own(self.backend, f"{self._root}/LATEST", body, if_absent=etag is None, if_match=etag)
         except (Conflict, NotFound) as error:
             raise LeaseLost(f"the checkpoints of {self.key[:12]} were changed by something else") from error
         kept = tuple(f"{self._root}/{pointer['name']}/" for pointer in intact)
@@ -144,22 +144,24 @@ class StoredCheckpoints:
 
     def _advance(self, newest: dict[str, object] | None) -> list[str]:
         """Put `newest` before the checkpoints in LATEST, under this fence; the names of those that fell out."""
+        dropped: list[str] = []
         while True:
             etag, pointers, fence = self._pointers()
             if newest is not None and newest["name"] in [p["name"] for p in pointers]:
-                return []
+                return dropped
             if fence > self.fence:
                 raise LeaseLost(f"a later worker (fence {fence}) writes the checkpoints of {self.key[:12]} now")
             kept = pointers if newest is None else [newest, *pointers[: KEPT - 1]]
             body = seal({"fence": self.fence, "checkpoints": kept})
+            dropped = [str(p["name"]) for p in pointers if p not in kept]
             try:
                 if etag is None:
                     self.backend.put(f"{self._root}/LATEST", body, if_absent=True)
                 else:
                     self.backend.put(f"{self._root}/LATEST", body, if_match=etag)
             except (Conflict, NotFound):
-                continue
-            return [str(p["name"]) for p in pointers if p not in kept]
+                continue  # it changed, or the reply to this very write was lost: look again
+            return dropped
 
     def _load(self, pointer: dict[str, object], into: Path) -> int:
         base = f"{self._root}/{pointer['name']}"

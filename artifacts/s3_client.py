@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from artifacts.errors import StoreUnavailable
+from artifacts.errors import StoreError, StoreUnavailable
 from artifacts.redact import remember
 
 DEFAULT_REGION = "us-east-1"
@@ -41,6 +41,19 @@ SETTINGS: Mapping[str, Any] = {
     "response_checksum_validation": "when_required",
 }
 """Of botocore's `Config`, in both of its forms."""
+
+
+_made_here = False
+_unusable = False
+
+
+def _after_fork() -> None:
+    """The threads of the clients are not in a forked process: whatever is asked of one there waits for ever."""
+    global _unusable
+    _unusable = _unusable or _made_here
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Connection:
@@ -73,6 +86,13 @@ class Connection:
         return self._once("reader", self._new_reader)
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        global _made_here
+        if _unusable:
+            raise StoreError(
+                f"cannot use the bucket {self._bucket!r} in process {os.getpid()}: it was forked from one that had used S3 "
+                "before; start it by 'spawn' or 'forkserver', or before a store is used"
+            )
+        _made_here = True
         if name not in self._made:
             with self._making:
                 if name not in self._made:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from artifacts.store import Store
+from tests.fault_proxy import FaultProxy
 from tests.servers import Server, moto_server, rclone_server, swift_server
 
 
@@ -60,6 +62,15 @@ def use(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     return f"s3://{server.new_bucket()}/studies"
+
+
+@contextmanager
+def behind_proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FaultProxy]]:
+    """URL of a fresh, empty store on `server`, at which this process is pointed, and the proxy before it."""
+    with FaultProxy(server.endpoint) as proxy:
+        url = use(server, monkeypatch)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield url, proxy
 
 
 @pytest.fixture(params=["memory", "local", "s3"])

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -45,9 +46,15 @@ def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def rclone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the rclone server keeps its objects, as files of the same names."""
+    return tmp_path_factory.mktemp("rclone")
+
+
+@pytest.fixture(scope="session")
+def rclone(rclone_folder: Path) -> Iterator[Server]:
     """The S3 server that ignores conditions, for the whole session."""
-    with rclone_server(tmp_path_factory.mktemp("rclone")) as server:
+    with rclone_server(rclone_folder) as server:
         yield server
 
 

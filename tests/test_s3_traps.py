@@ -7,7 +7,9 @@ fault. It shows that the test would see the store fail in the same way.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from artifacts.store import Store, new_record
 from artifacts.trail import TRAIL
 from tests.conftest import behind_proxy, use
 from tests.fault_proxy import Fault, FaultProxy
-from tests.servers import Server
+from tests.servers import ROOT, Server
 from tests.transfer import plain_s3fs
 
 KEY = "k" * 64
@@ -209,3 +211,88 @@ def test_an_own_repair_is_recognised(moto: tuple[str, FaultProxy], tmp_path: Pat
     pin(store, "mine", {"toy": kept})
     assert [entry for entry in backend.list(TRAIL)], "a pin is noted"
     assert all(fault.times == 0 for fault in lost)
+
+
+# Listings, requests, processes
+
+
+def test_what_others_write_is_seen(moto: tuple[str, FaultProxy]) -> None:
+    """After a listing, what another process writes or removes is seen; the plain way answers from its memory for ever."""
+    url, _ = moto
+    backend, other, plain = open_backend(url), open_backend(url), plain_s3fs()
+    backend.put("v1/l/1", b"1")
+    assert len(list(backend.list("v1/l/"))) == len(plain.ls(plain_path(url, "v1/l"))) == 1
+    other.put("v1/l/2", b"2")
+    other.delete("v1/l/1")
+    assert backend.sizes(["v1/l/1", "v1/l/2"]) == {"v1/l/1": None, "v1/l/2": 1}
+    assert [entry.key for entry in backend.list("v1/l/")] == ["v1/l/2"]
+    there = [plain.exists(plain_path(url, f"v1/l/{number}")) for number in (1, 2)]
+    assert there == [True, False], "s3fs has no such trap any more"
+
+
+def test_one_request_each(moto: tuple[str, FaultProxy]) -> None:
+    """To read, to size and to miss is one request each, also for an object that is not there; the plain way needs two."""
+    url, proxy = moto
+    backend, plain = open_backend(url), plain_s3fs()
+    backend.put("v1/x", b"1")
+
+    def requests(ask: Callable[[], object]) -> dict[str, int]:
+        proxy.clear()
+        ask()
+        return dict(proxy.requests)
+
+    assert requests(lambda: backend.get("v1/x")) == {"GET": 1}
+    assert requests(lambda: backend.get_many(["v1/x", "v1/none"])) == {"GET": 2}
+    assert requests(lambda: backend.sizes(["v1/x", "v1/none"])) == {"HEAD": 2}
+    assert requests(lambda: plain.cat_file(plain_path(url, "v1/x"))) == {"HEAD": 1, "GET": 1}
+    assert requests(lambda: plain.exists(plain_path(url, "v1/none"))) == {"HEAD": 1, "GET": 1}
+
+
+@pytest.mark.parametrize("code", ["NotImplemented", "MissingContentMD5"])
+def test_servers_that_cannot_delete_many(moto: tuple[str, FaultProxy], code: str) -> None:
+    """Where a server does not take many keys in one request, each is removed by its own; the plain way fails."""
+    url, proxy = moto
+    backend = open_backend(url)
+    keys = [f"v1/d/{number}" for number in range(5)]
+    for key in keys:
+        backend.put(key, b"1")
+    proxy.add(Fault("status", method="POST", part="delete", status=501 if code == "NotImplemented" else 400, code=code))
+    proxy.add(Fault("status", method="POST", part="delete", status=501, code=code))
+    backend.delete_many(keys[:3])
+    assert [entry.key for entry in backend.list("v1/d/")] == keys[3:]
+    with pytest.raises(Exception, match="no"):
+        plain_s3fs().rm([plain_path(url, key) for key in keys[3:]])
+    assert [entry.key for entry in backend.list("v1/d/")] == keys[3:]
+
+
+FORKED = """
+import os, signal, sys
+from artifacts.backend import open_backend
+backend = open_backend(sys.argv[1])
+if sys.argv[2] == "used":
+    backend.put("v1/x", b"1")
+    backend.get("v1/x")
+for again in (False, True):
+    if os.fork() == 0:
+        signal.alarm(20)
+        try:
+            (open_backend(sys.argv[1]) if again else backend).get("v1/x")
+            print("read", flush=True)
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("parent", ["unused", "used"])
+def test_a_forked_process(moto: tuple[str, FaultProxy], parent: str) -> None:
+    """A fork of a process that has used S3 is told so at once, instead of waiting for ever; any other fork may use it."""
+    url, _ = moto
+    open_backend(url).put("v1/x", b"1")
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKED, url, parent], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert len(said := ended.stdout.splitlines()) == 2, ended.stderr
+    for line in said:
+        assert line == "read" if parent == "unused" else line.startswith("StoreError") and "forked" in line

@@ -29,7 +29,7 @@ from artifacts.parts import MAX_PARTS, PART_BYTES, Part, Transfer, split
 from artifacts.redact import harmless
 from artifacts.retry import BRIEF, PATIENT, Patience, persist
 from artifacts.s3_client import AT_ONCE, Connection
-from artifacts.s3_errors import is_of_client, may_pass, reply_of, translate
+from artifacts.s3_errors import is_of_client, is_of_credentials, may_pass, reply_of, translate
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -169,7 +169,7 @@ class S3Backend:
         except Exception as error:
             if isinstance(error, StoreError) or not is_of_client(error):
                 raise
-            raise translate(error, self.url, key, verb) from harmless(error)
+            raise translate(error, self.url, key, verb) from (None if is_of_credentials(error) else harmless(error))
 
     def _call(self, verb: str, method: str, key: str | None, *, patience: Patience = BRIEF, **arguments: Any) -> Any:
         if key is not None:

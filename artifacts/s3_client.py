@@ -57,7 +57,12 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Connection:
-    """The clients for one bucket, each made when first used and shared by all threads."""
+    """The clients for one bucket, each made when first used and shared by all threads.
+
+    Raises:
+        StoreUnavailable: when first used, if there are no credentials anywhere.
+        StoreError: when used in a process that was forked from one that had used S3.
+    """
 
     def __init__(self, bucket: str) -> None:
         self._bucket = bucket
@@ -78,11 +83,7 @@ class Connection:
 
     @property
     def reader(self) -> Any:
-        """The obstore store; for reading, listing and sizes.
-
-        Raises:
-            StoreUnavailable: there are no credentials anywhere.
-        """
+        """The obstore store; for reading, listing and sizes."""
         return self._once("reader", self._new_reader)
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -106,8 +107,12 @@ class Connection:
         import botocore.session
 
         session = botocore.session.get_session()
-        if (credentials := session.get_credentials()) is not None:
-            _current(credentials)
+        if (credentials := session.get_credentials()) is None:
+            raise StoreUnavailable(
+                f"cannot use the bucket {self._bucket!r}: there are no AWS credentials; "
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        _current(credentials)
         return session
 
     def _new_files(self) -> Any:
@@ -156,11 +161,6 @@ class Connection:
             found = {"access_key_id": key, "secret_access_key": secret, "token": token, "expires_at": None}
             return endpoint, environment.get("AWS_DEFAULT_REGION") or DEFAULT_REGION, lambda: dict(found)
         credentials = self._session().get_credentials()
-        if credentials is None:
-            raise StoreUnavailable(
-                f"cannot use the bucket {self._bucket!r}: there are no AWS credentials; "
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            )
         endpoint, region = str(self.client.meta.endpoint_url), str(self.client.meta.region_name)
         if endpoint.endswith(".amazonaws.com"):
             # obstore follows no redirection to a bucket's own region.
@@ -173,9 +173,10 @@ def _current(credentials: Any) -> dict[str, Any]:
     """Botocore's credentials, renewed if need be, in obstore's form."""
     frozen = credentials.get_frozen_credentials()
     remember(frozen.access_key, frozen.secret_key, frozen.token)
+    ends_soon = getattr(credentials, "refresh_needed", lambda seconds: False)(2 * CREDENTIALS_SECONDS)
     return {
         "access_key_id": frozen.access_key,
         "secret_access_key": frozen.secret_key,
         "token": frozen.token,
-        "expires_at": datetime.now(UTC) + timedelta(seconds=CREDENTIALS_SECONDS),
+        "expires_at": datetime.now(UTC) + timedelta(seconds=0 if ends_soon else CREDENTIALS_SECONDS),
     }

@@ -20,6 +20,8 @@ PASSING_KINDS = frozenset(
     ("HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseStreamingError")
     + ("HTTPError", "GenericError", "OSError")
 )
+EXPIRED = "refreshed credentials are still expired"
+"""What botocore says in a bare RuntimeError, and obstore repeats."""
 OBSTORE_STATUS = re.compile(r"status code: (\d{3})")
 OBSTORE_CODE = re.compile(r"<Code>([A-Za-z]{1,64})</Code>")
 
@@ -53,7 +55,16 @@ def may_pass(error: Exception) -> bool:
 
 def is_of_client(error: Exception) -> bool:
     """True for an error of the network or the server, false for a mistake in a program."""
-    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("botocore", "obstore", "urllib3")
+    module = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or module in ("botocore", "obstore", "urllib3") or is_of_credentials(error)
+
+
+def is_of_credentials(error: Exception) -> bool:
+    """True when there was nothing to sign a request with. What whoever gives out keys said may hold some."""
+    name = type(error).__name__
+    return reply_of(error).status is None and (
+        "Credential" in name or name == "UnauthenticatedError" or EXPIRED in str(error)
+    )
 
 
 def is_missing(error: Exception, *, read: bool) -> bool:
@@ -87,6 +98,7 @@ def _without_address(error: Exception) -> str:
     """The kind of failure. The message itself may hold a signed address."""
     text = str(error)
     for sign, reason in (
+        (EXPIRED, "the credentials have expired and those that were given out instead have, too"),
         ("kind: Connect", "no connection"),
         ("Could not connect", "no connection"),
         ("kind: Timeout", "no answer in time"),
@@ -100,7 +112,7 @@ def _without_address(error: Exception) -> str:
 def _advice(error: Exception, reply: Reply) -> str:
     if reply.code == "RequestTimeTooSkewed":
         return "this machine's clock is wrong: set it"
-    if reply.status in (401, 403) or "Credential" in type(error).__name__ or "Profile" in type(error).__name__:
+    if reply.status in (401, 403) or is_of_credentials(error) or "Profile" in type(error).__name__:
         return "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and the bucket's policy"
     if reply.status == 404:
         return "check AWS_ENDPOINT_URL: what answers there does not seem to be an S3 server"

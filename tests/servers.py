@@ -109,8 +109,8 @@ def _new_user(server: Server, *actions: str) -> dict[str, str]:
     iam, name = server.client("iam"), f"user-{uuid.uuid4().hex[:8]}"
     iam.create_user(UserName=name)
     key = iam.create_access_key(UserName=name)["AccessKey"]
-    # The first user makes the others.
-    allowed = [*actions, "iam:*"] if "s3:*" in actions else list(actions)
+    # The first user makes the others, and the keys of roles.
+    allowed = [*actions, "iam:*", "sts:*"] if "s3:*" in actions else list(actions)
     statement = [{"Effect": "Allow", "Action": allowed, "Resource": "*"}]
     policy = json.dumps({"Version": "2012-10-17", "Statement": statement})
     iam.put_user_policy(UserName=name, PolicyName="allowed", PolicyDocument=policy)

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
+from mmap import mmap
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -25,7 +26,7 @@ from blake3 import blake3
 
 from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, local_file, write_at, wrong_size
 from artifacts.errors import NotFound, StoreError, TooLarge
-from artifacts.parts import MAX_PARTS, PART_BYTES, Part, Transfer, split
+from artifacts.parts import MAX_PARTS, PART_BYTES, Body, Part, Transfer, split
 from artifacts.redact import harmless
 from artifacts.retry import BRIEF, PATIENT, Patience, persist
 from artifacts.s3_client import AT_ONCE, Connection
@@ -35,6 +36,10 @@ T = TypeVar("T")
 K = TypeVar("K")
 GET_PART_BYTES = 16 << 20
 """Length of the ranges of a large download; a smaller object is one request."""
+RECEIVED_BYTES = 1 << 18
+"""Taken from a connection at once: larger pieces are copied outside the processor's cache."""
+THREADED_FROM = 1 << 20
+"""A larger body is signed and sent by the thread that brings it; s3fs would do that for all of them in one thread."""
 DELETES_AT_ONCE = 1000
 """Keys in one DeleteObjects request: the most that S3 takes."""
 
@@ -48,6 +53,8 @@ class S3Backend:
         self._prefix = f"{prefix}/" if prefix else ""
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._connection = Connection(bucket)
+        self._ranges_are_marked = True
+        """Until the server answers a range with 200."""
 
     def get(self, key: str, *, limit: int = MAX_OBJECT_BYTES) -> Object:
         return self._ask(key, "read", lambda: self._read(key, limit))
@@ -65,6 +72,10 @@ class S3Backend:
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else {} if if_match is None else {"IfMatch": if_match}
+        if not condition and len(data) > THREADED_FROM:
+            view = memoryview(data)
+            body = Body(len(data), lambda start, count: view[start : start + count])
+            return str(self._call("write", "put_object", key, patience=PATIENT, Body=body)["ETag"])
         return str(self._call("write", "put_object", key, Body=bytes(data), **condition)["ETag"])
 
     def size(self, key: str) -> int | None:
@@ -176,8 +187,9 @@ class S3Backend:
             arguments["Key"] = self._prefix + key
 
         def request() -> Any:
-            if method == "upload_part":
-                return self._connection.client.upload_part(Bucket=self.bucket, **arguments)
+            if isinstance(body := arguments.get("Body"), Body):
+                body.seek(0)
+                return getattr(self._connection.client, method)(Bucket=self.bucket, **arguments)
             return self._connection.call(method, **arguments)
 
         return self._ask(method if key is None else key, verb, request, patience)
@@ -219,23 +231,26 @@ class S3Backend:
             raise StoreError(f"{key}: {size} bytes are more than one object may have ({PART_BYTES * MAX_PARTS})")
         parts = split(size, PART_BYTES)
         if len(parts) < 2:
-            data = bytearray(size)
-            _fill(memoryview(data), file, offset, key)
-            self._call("write", "put_object", key, patience=PATIENT, Body=data)
+            body = _body(key, file, offset, size, mmap(-1, Body.PIECE_BYTES))
+            content = body if size > THREADED_FROM else b"".join(bytes(piece) for piece in iter(body.read, b""))
+            self._call("write", "put_object", key, patience=PATIENT, Body=content)
             report(size)
             return
         upload = self._call("write", "create_multipart_upload", key, patience=PATIENT)["UploadId"]
 
-        def send(index: int, part: Part, buffer: bytearray) -> dict[str, Any]:
+        def send(index: int, part: Part, buffer: mmap) -> dict[str, Any]:
             start, length = part
-            _fill(memoryview(buffer)[:length], file, offset + start, key)
-            body = buffer if length == PART_BYTES else buffer[:length]
+            body = _body(key, file, offset + start, length, buffer)
             number = {"UploadId": upload, "PartNumber": index + 1}
             etag = self._call("write", "upload_part", key, patience=PATIENT, Body=body, **number)["ETag"]
             return {"PartNumber": index + 1, "ETag": etag}
 
+        def arrived(part: Part, number: dict[str, Any]) -> dict[str, Any]:
+            report(part[1])
+            return number
+
         try:
-            sent = Transfer(parts, send, lambda part, buffer: report(part[1])).run()
+            sent = Transfer(parts, send, arrived).run()
         except BaseException:
             self._abort(key, upload)
             raise
@@ -269,39 +284,67 @@ class S3Backend:
     def _download(self, key: str, file: BinaryIO, offset: int, total: int, report: Progress) -> str:
         hasher = blake3()
 
-        def fetch(index: int, part: Part, buffer: bytearray) -> None:
-            view = memoryview(buffer)[: part[1]]
-            self._ask(key, "read", lambda: self._read_range(key, part, view, total), PATIENT)
-            write_at(file.fileno(), view, offset + part[0])
+        def fetch(index: int, part: Part, buffer: mmap) -> memoryview:
+            data = self._ask(key, "read", lambda: self._read_range(key, part, buffer, total), PATIENT)
+            write_at(file.fileno(), data, offset + part[0])
+            return data
 
-        def arrived(part: Part, buffer: bytearray) -> None:
-            hasher.update(memoryview(buffer)[: part[1]])
+        def arrived(part: Part, data: memoryview) -> None:
+            hasher.update(data)
             report(part[1])
 
         Transfer(split(total, GET_PART_BYTES), fetch, arrived).run()
         return hasher.hexdigest()
 
-    def _read_range(self, key: str, part: Part, view: memoryview, total: int) -> None:
-        start, length = part
-        arguments = {"Bucket": self.bucket, "Key": self._prefix + key, "Range": f"bytes={start}-{start + length - 1}"}
+    def _read_range(self, key: str, part: Part, buffer: mmap, total: int) -> memoryview:
+        """The bytes of a part of an object that has `total` of them; in `buffer`, or in memory of their own."""
         try:
-            reply = self._connection.client.get_object(**arguments)
+            if self._ranges_are_marked:
+                return self._read_marked(key, part, total)
+            return self._read_unmarked(key, part, total, memoryview(buffer)[: part[1]])
         except Exception as error:
+            if "NotPartial" in str(error):
+                self._ranges_are_marked = False
+                return self._read_range(key, part, buffer, total)
             if reply_of(error).status == 416:
                 raise wrong_size(key, self.url, total, self.size(key) or 0) from error
             raise
+
+    def _read_marked(self, key: str, part: Part, total: int) -> memoryview:
+        import obstore
+
+        wanted = {"range": (part[0], part[0] + part[1])}
+        reply = obstore.get(self._connection.reader, self._prefix + key, options=wanted)
+        found = int(reply.meta["size"])
+        if found != total:
+            raise wrong_size(key, self.url, total, found)
+        data = memoryview(reply.bytes())
+        if len(data) != part[1]:
+            raise _wrong_length(self.url, part, len(data))
+        return data
+
+    def _read_unmarked(self, key: str, part: Part, total: int, view: memoryview) -> memoryview:
+        """From a server that answers with the range, but calls it the whole object (200, not 206): obstore refuses that."""
+        start, length = part
+        arguments = {"Bucket": self.bucket, "Key": self._prefix + key, "Range": f"bytes={start}-{start + length - 1}"}
+        reply = self._connection.client.get_object(**arguments)
         with reply["Body"] as body:
             whole = str(reply.get("ContentRange", "")).rpartition("/")[2]
             if whole.isdigit() and int(whole) != total:
                 raise wrong_size(key, self.url, total, int(whole))
             if reply["ContentLength"] != length:
-                raise StoreError(f"{self.url} answered a request for {length} bytes with {reply['ContentLength']}")
+                raise _wrong_length(self.url, part, reply["ContentLength"])
             filled = 0
             while filled < length:
-                count = body.readinto(view[filled:])
+                count = body.readinto(view[filled : filled + RECEIVED_BYTES])
                 if not count:
                     raise ConnectionError("the reply ended early")
                 filled += count
+        return view
+
+
+def _wrong_length(url: str, part: Part, found: int) -> StoreError:
+    return StoreError(f"{url} answered a request for {part[1]} bytes with {found}")
 
 
 def _unwatched(moved: int) -> None:
@@ -315,9 +358,14 @@ def _opened(path: Path, offset: int | None) -> BinaryIO:
     return open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0)
 
 
-def _fill(view: memoryview, file: int, offset: int, key: str) -> None:
-    while view:
-        count = os.preadv(file, [view], offset)
-        if count == 0:
+def _body(key: str, file: int, offset: int, size: int, buffer: mmap) -> Body:
+    """A range of a file, read by way of the first bytes of `buffer`."""
+    view = memoryview(buffer)
+
+    def take(start: int, count: int) -> memoryview:
+        got = os.preadv(file, [view[:count]], offset + start) if count else 0
+        if got == 0 < count:
             raise StoreError(f"{key}: the file to store became shorter while it was read")
-        view, offset = view[count:], offset + count
+        return view[:got]
+
+    return Body(size, take)

@@ -1,11 +1,13 @@
 """Connecting to S3: the clients of a store, with one set of credentials and settings for all.
 
 s3fs writes small objects, deletes, and begins and ends uploads: its client shows status and code of every reply, which
-conditional writes need. It is used below its file objects, which publish torn objects and lose conditions. The parts of
-large objects go through botocore, from threads, so that parts are signed side by side. obstore reads, lists and asks for
-sizes, because it costs a tenth of the processor time per request, which is what planning a thousand stages consists of.
-None of them is asked to try anything again on its own (see `artifacts.retry`); aiohttp, below s3fs, does send a PUT, GET or
-DELETE once more when the connection ends without a reply, which the callers of conditional writes must expect anyway.
+conditional writes need. It is used below its file objects, which publish torn objects and lose conditions. The bytes of large
+objects are sent through botocore, from threads, so that parts are signed side by side and each can be sent again by itself;
+obstore's own multipart is no faster. obstore reads, lists and asks for sizes: a small request costs it a tenth of the
+processor time, which is what planning a thousand stages consists of, and the ranges of a large object arrive in threads
+that do not wait for Python's lock. None of them is asked to try anything again on its own (see `artifacts.retry`);
+aiohttp, below s3fs, does send a PUT, GET or DELETE once more when the connection ends without a reply, which the callers of
+conditional writes must expect anyway.
 
 Credentials, endpoint and region come from the usual AWS settings, as botocore finds them: environment, profile, instance
 role. Where the environment names keys and endpoint, botocore is not even imported for reading.
@@ -25,6 +27,9 @@ from artifacts.redact import remember
 DEFAULT_REGION = "us-east-1"
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
+"""Without a single byte."""
+REPLY_SECONDS = 3600
+"""For a whole reply, which may be a large part on a slow line. Never needed where a server falls silent."""
 AT_ONCE = 128
 """Requests for small objects at once, and connections kept."""
 CREDENTIALS_SECONDS = 300
@@ -71,7 +76,7 @@ class Connection:
 
     @property
     def client(self) -> Any:
-        """The botocore client, for the parts of large objects."""
+        """The botocore client, for the bytes of large objects."""
         return self._once("client", self._new_client)
 
     def call(self, method: str, **arguments: Any) -> dict[str, Any]:
@@ -128,10 +133,14 @@ class Connection:
 
     def _new_client(self) -> Any:
         from botocore.config import Config
+        from botocore.handlers import add_expect_header
 
         session = self._session()
         region = session.get_config_variable("region") or DEFAULT_REGION
-        return session.create_client("s3", region_name=region, config=Config(**SETTINGS))
+        client = session.create_client("s3", region_name=region, config=Config(**SETTINGS))
+        # Asking for leave to send costs every part a round trip, and a body can be sent again.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        return client
 
     def _new_reader(self) -> Any:
         from obstore.store import S3Store
@@ -146,7 +155,8 @@ class Connection:
             client_options={
                 "allow_http": endpoint.startswith("http://"),
                 "connect_timeout": f"{CONNECT_SECONDS}s",
-                "timeout": f"{READ_SECONDS}s",
+                "read_timeout": f"{READ_SECONDS}s",
+                "timeout": f"{REPLY_SECONDS}s",
             },
             retry_config={"max_retries": 0},
         )

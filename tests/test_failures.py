@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ import pytest
 from artifacts import retry, s3_client
 from artifacts.backend import Backend, open_backend
 from artifacts.checkpoints import StoredCheckpoints
-from artifacts.errors import Conflict, NotFound, StoreUnavailable
+from artifacts.digest import digest_file
+from artifacts.errors import Conflict, NotFound, StoreError, StoreUnavailable
 from artifacts.lease import Lease
 from artifacts.parts import PART_BYTES
 from artifacts.record import payload_key
+from artifacts.s3 import GET_PART_BYTES
 from artifacts.store import Store, new_record
 from tests import toy_study
 from tests.conftest import use
@@ -272,6 +275,51 @@ def test_an_upload_survives_an_outage(
         assert pauses and backend.get_file("v1/x", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == (tmp_path / "file").read_bytes()
         assert backend.sweep(0.0) == []
+
+
+@pytest.mark.parametrize("verb", ["put", "put_file"])
+def test_a_large_body_is_sent_again_from_its_start(
+    swift: Server, pauses: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    """A body of many pieces, cut in the middle and then refused, arrives whole."""
+    data = random.Random(1).randbytes(3 << 20)
+    with FaultProxy(swift.endpoint) as proxy:
+        url = use(swift, monkeypatch)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        backend = open_backend(url)
+        proxy.add(Fault("cut request", method="PUT", after=1 << 20), Fault("status", method="PUT", status=503))
+        if verb == "put":
+            backend.put("v1/x", data)
+        else:
+            (tmp_path / "file").write_bytes(b"-" + data + b"-")
+            backend.put_file("v1/x", tmp_path / "file", offset=1, size=len(data))
+        assert len(pauses) == 2 and backend.get("v1/x").data == data
+
+
+def test_a_range_is_read_again(
+    swift: Server, pauses: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A large object comes whole though the reply to one of its ranges is cut, and another is refused at first."""
+    (tmp_path / "file").write_bytes(random.Random(2).randbytes(GET_PART_BYTES + 5))
+    with FaultProxy(swift.endpoint) as proxy:
+        url = use(swift, monkeypatch)
+        open_backend(url).put_file("v1/x", tmp_path / "file")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.add(Fault("cut reply", method="GET", after=2), Fault("status", method="GET", status=503))
+        digest = open_backend(url).get_file("v1/x", tmp_path / "copy", size=GET_PART_BYTES + 5)
+        assert len(pauses) == 2 and digest == digest_file(tmp_path / "file") == digest_file(tmp_path / "copy")
+
+
+def test_a_file_that_shrinks(
+    swift: Server, pauses: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file that becomes shorter while it is stored is an error that says so, and leaves neither object nor parts."""
+    backend, path = open_backend(use(swift, monkeypatch)), tmp_path / "file"
+    for size in (2 << 20, PART_BYTES + 1):
+        path.write_bytes(bytes(size))
+        with pytest.raises(StoreError, match="v1/x.*became shorter"):
+            backend.put_file("v1/x", path, size=size + 1)
+    assert backend.size("v1/x") is None and backend.sweep(0.0) == [] and not pauses
 
 
 def test_nothing_reruns(backend: Backend, proxy: FaultProxy, pauses: list[float], tmp_path: Path) -> None:

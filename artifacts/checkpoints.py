@@ -17,9 +17,11 @@ from pathlib import Path
 from artifacts.backend import Backend, put_own
 from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest, parse_canonical, seal, unseal
 from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError, TooLarge
+from artifacts.lease import checked_fence
+from artifacts.space import require_space
 from artifacts.trees import File, check_files
 
-NAME = re.compile(r"[0-9]{9,}-[0-9a-f]{12}")
+NAME = re.compile(r"[0-9]{9,19}-[0-9a-f]{12}")
 KEPT = 2
 """Checkpoints that LATEST names."""
 
@@ -134,12 +136,8 @@ class StoredCheckpoints:
         except TooLarge as error:
             return error.etag, [], 0
         try:
-            body = unseal(stored.data)
-            pointers = [{k: p[k] for k in ("name", "step", "digest")} for p in body["checkpoints"]]
-            if not all(NAME.fullmatch(p["name"]) and is_digest(p["digest"]) for p in pointers[:KEPT]):
-                raise ValueError("a name or digest is malformed")
-            return stored.etag, pointers[:KEPT], max(int(body["fence"]), 0)
-        except (ValueError, TypeError, KeyError):
+            return stored.etag, *read_pointers(stored.data)
+        except ValueError:
             return stored.etag, [], 0
 
     def _advance(self, newest: dict[str, object] | None) -> list[str]:
@@ -170,10 +168,13 @@ class StoredCheckpoints:
             raise Damaged(f"{base}/manifest.json does not match its digest")
         step, seconds, files = read_manifest(manifest)
         sizes = self.backend.sizes([f"{base}/files/{file.path}" for file in files])
+        if any(sizes[f"{base}/files/{file.path}"] != file.size for file in files):
+            raise Damaged(f"{base}: a file is missing, or is longer or shorter than its manifest says")
+        require_space(into, sum(file.size for file in files))
         for file in files:
             key, target = f"{base}/files/{file.path}", into / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            if sizes[key] != file.size or self.backend.get_file(key, target) != file.digest:
+            if self.backend.get_file(key, target, size=file.size) != file.digest:
                 raise Damaged(f"{key} does not match its digest")
         self.seconds = seconds
         return step
@@ -181,6 +182,22 @@ class StoredCheckpoints:
     def _delete(self, name: str) -> None:
         for entry in list(self.backend.list(f"{self._root}/{name}/" if name else f"{self._root}/")):
             self.backend.delete(entry.key)
+
+
+def read_pointers(data: bytes) -> tuple[list[dict[str, object]], int]:
+    """(what LATEST names, newest first; its fence).
+
+    Raises:
+        ValueError: the bytes are not a LATEST.
+    """
+    try:
+        body = unseal(data)
+        pointers = [{k: p[k] for k in ("name", "step", "digest")} for p in body["checkpoints"][:KEPT]]
+        if not all(NAME.fullmatch(p["name"]) and is_digest(p["digest"]) for p in pointers):
+            raise ValueError("a name or digest is malformed")
+        return pointers, checked_fence(body["fence"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a pointer to checkpoints: {error!r}") from error
 
 
 def read_manifest(data: bytes) -> tuple[int, float, tuple[File, ...]]:

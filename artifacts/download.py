@@ -21,7 +21,9 @@ from blake3 import blake3
 from artifacts.backend import Backend, local_file, write_at
 from artifacts.digest import digest_bytes, update_from
 from artifacts.errors import Damaged, NotFound, StoreError
+from artifacts.local import LocalBackend
 from artifacts.packing import unpack
+from artifacts.space import require_space
 from artifacts.trees import File, Part, Tree, object_key, read_parts, stored_parts
 from artifacts.upload import Lanes, Meter, Moved
 
@@ -39,9 +41,12 @@ def download(store: Store, tree: Tree, into: Path, listener: Moved | None = None
 
     Raises:
         Damaged: an object is missing or its bytes are wrong; no file with wrong bytes is left under `into`.
-        StoreUnavailable: the store does not answer, or `into` cannot be written.
+        StoreUnavailable: the store does not answer, or `into` cannot be written, or lacks the room: then nothing is written.
     """
     lists = stored_parts(store, tree.files)
+    # What a local store holds in one piece becomes another name of it, and needs no room.
+    linked = isinstance(store.backend, LocalBackend)
+    require_space(into, sum(file.size for file in tree.files if not linked or file.digest in lists))
     meter = Meter(tree.size, listener)
     files: list[_Arriving] = []
     try:

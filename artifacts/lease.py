@@ -20,11 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from artifacts.backend import Backend, Entry
+from artifacts.backend import Backend, Entry, Object
 from artifacts.clock import SYSTEM, Clock
 from artifacts.digest import canonical_json, parse_canonical
 from artifacts.errors import Conflict, LeaseLost, NotFound, TooLarge
 
+MAX_FENCE = 2**53
 TIME_TO_LIVE = 30.0
 """Seconds without a heartbeat after which a lease may be taken over."""
 
@@ -121,6 +122,8 @@ class Lease:
             stored = self.backend.get(self._path)
         except NotFound:
             return self._write(self.last_fence() + 1, "held", None)
+        except TooLarge as error:
+            stored = Object(b"", error.etag)
         body = _parse(stored.data)
         fence = self.last_fence() if body is None else int(str(body["fence"]))
         # Listed after it was read: what is old now has not changed since, or the write is refused.
@@ -303,10 +306,21 @@ def _parse(data: bytes) -> dict[str, object] | None:
         return {
             "state": body["state"],
             "owner": str(body["owner"]),
-            "fence": int(body["fence"]),
+            "fence": checked_fence(body["fence"]),
             "beat": str(body["beat"]),
             "holder": body["holder"],
             "time_to_live": min(max(float(body["time_to_live"]), 0.0), 3600.0),
         }
     except (ValueError, TypeError, KeyError, OverflowError):
         return None
+
+
+def checked_fence(fence: object) -> int:
+    """A fence as it was stored. One near the limit of integers could not be counted on from, and would need a person.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(fence) is not int or not 0 <= fence < MAX_FENCE:
+        raise ValueError(f"the fence is {str(fence)[:80]!r}")
+    return fence

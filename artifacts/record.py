@@ -7,7 +7,7 @@ another key. `output` is the digest of the output tree. Everything else is recor
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -94,27 +94,42 @@ def _is_text(value: str) -> bool:
     return len(value) <= 1024 and value.isprintable()
 
 
+def _are_texts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) and _is_text(value) for value in values)
+
+
+def _is_payload(payload: dict[str, Any]) -> bool:
+    """True when the payload can be compared with another one, field by field; see `flows.plan.compare`."""
+    config, inputs = payload.get("config"), payload.get("inputs")
+    return (
+        type(payload.get("algorithm")) is int
+        and isinstance(payload.get("code"), str)
+        and isinstance(config, dict)
+        and isinstance(inputs, dict)
+        and _are_texts([*config, *inputs, *inputs.values()])
+    )
+
+
 def _is_environment(value: dict[str, Any]) -> bool:
     versions = value.get("versions", {})
     texts = [text for name, text in value.items() if name != "versions" and isinstance(text, str)]
-    return isinstance(versions, dict) and all(isinstance(v, str) and _is_text(v) for v in [*versions.values(), *texts])
+    return isinstance(versions, dict) and _are_texts([*value, *versions, *versions.values(), *texts])
 
 
 def _is_equivalence(value: dict[str, Any]) -> bool:
-    texts = [value.get("because"), value.get("by")]
-    return is_digest(value.get("key")) and all(isinstance(t, str) and _is_text(t) for t in texts)
+    return is_digest(value.get("key")) and _are_texts([value.get("because"), value.get("by")])
 
 
 _FIELDS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {
     "stage": ((str,), is_stage),
     "key": ((str,), is_digest),
-    "payload": ((dict,), lambda payload: all(isinstance(payload.get(name), dict) for name in ("config", "inputs"))),
+    "payload": ((dict,), lambda payload: _is_payload(payload)),
     "output": ((str,), is_digest),
     "size": ((int,), lambda size: 0 <= size < 2**53),
     "commit": ((str,), _is_text),
     "node": ((str,), _is_text),
     "fence": ((int,), lambda fence: 0 <= fence < 2**53),
-    "symbols": ((dict,), lambda symbols: all(isinstance(digest, str) for digest in symbols.values())),
+    "symbols": ((dict,), lambda symbols: _are_texts([*symbols, *symbols.values()])),
     "environment": ((dict,), _is_environment),
     "seconds": ((int, float), lambda seconds: 0 <= seconds < 1e10),
     "finished": ((int, float), lambda finished: 0 <= finished < 1e11),

@@ -245,14 +245,25 @@ def parse_run(data: bytes) -> dict[str, Any]:
     for name, kind in RUN_FIELDS.items():
         if not isinstance(content.get(name), kind):
             raise ValueError(f"{name} is missing or not a {kind.__name__}")
-    for name, node in content["nodes"].items():
+    check_nodes(content["nodes"])
+    if not content["experiment"].isprintable():
+        raise ValueError("the experiment's name is not printable")
+    return content
+
+
+def check_nodes(nodes: object) -> None:
+    """Check the outputs that a run or a pin names: name -> stage, key and digest.
+
+    Raises:
+        ValueError: they are not that.
+    """
+    if not isinstance(nodes, dict):
+        raise ValueError("does not say which records it names")
+    for name, node in nodes.items():
         if not (name.isprintable() and isinstance(node, dict) and is_stage(node.get("stage"))):
             raise ValueError(f"node {name[:80]!r} is not printable or names no stage")
         if not (is_digest(node.get("key")) and is_digest(node.get("output"))):
             raise ValueError(f"node {name[:80]!r}: key or output is not a digest")
-    if not content["experiment"].isprintable():
-        raise ValueError("the experiment's name is not printable")
-    return content
 
 
 def new_record(**fields: object) -> Record:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 
 MAX_TABLE_BYTES = 8 << 30
-MAX_TABLE_ROWS = 100_000_000
-"""What a table may claim to hold; more is a hostile file, or one that needs another reader."""
+"""What a table may need in memory, as it claims and as it turns out; more is a hostile file, or needs another reader."""
+ROW_BYTES = 256
+"""Least bytes that a row is counted as: it becomes a dict, whatever little its columns need in the file."""
+ROWS_AT_ONCE = 4096
 
 
 def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pyarrow.Schema) -> None:
@@ -51,12 +53,49 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=False) as file:
             size = sum(file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups))
-            if size > MAX_TABLE_BYTES or file.metadata.num_rows > MAX_TABLE_ROWS:
-                raise StoreError(f"{path}: {file.metadata.num_rows} rows and {size} bytes are too many for one table")
+            _require_small(path, max(size, file.metadata.num_rows * ROW_BYTES))
             missing = set(columns or ()) - set(file.schema_arrow.names)
             if missing:
                 raise StoreError(f"{path}: expected the columns {list(columns or ())}, found {file.schema_arrow.names}")
+            texts = [
+                c.path for c in map(file.schema.column, range(len(file.schema))) if c.logical_type.type == "STRING"
+            ]
+            _measure(path, columns, texts)
             return file.read(columns=columns).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0][:300]
         raise StoreError(f"{path}: expected a Parquet table, found {reason}") from error
+
+
+def _measure(path: Path, columns: Sequence[str] | None, texts: Sequence[str]) -> None:
+    """Find out what the rows need in memory, a few at a time and without writing out what repeats.
+
+    A file says that itself, but it may lie: a text that is stored once and named by a million rows takes a few bytes.
+    """
+    import pyarrow.parquet
+
+    size = 0
+    with pyarrow.parquet.ParquetFile(path, memory_map=False, read_dictionary=texts) as file:
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+            size += batch.num_rows * ROW_BYTES + sum(_plain_bytes(column) for column in batch.columns)
+            _require_small(path, size)
+
+
+def _plain_bytes(column: pyarrow.Array) -> int:
+    """Bytes of a column with every repeated text written out."""
+    import pyarrow
+    import pyarrow.compute
+
+    kind = column.type
+    if pyarrow.types.is_dictionary(kind):
+        lengths = pyarrow.compute.binary_length(column.dictionary).cast(pyarrow.int64())
+        return pyarrow.compute.sum(lengths.take(column.indices)).as_py() or 0
+    if pyarrow.types.is_nested(kind):
+        inner = column.flatten()
+        return sum(_plain_bytes(array) for array in inner) if isinstance(inner, list) else _plain_bytes(inner)
+    return int(column.nbytes)
+
+
+def _require_small(path: Path, size: int) -> None:
+    if size > MAX_TABLE_BYTES:
+        raise StoreError(f"{path}: its rows need {size:,} bytes or more, too many for one table ({MAX_TABLE_BYTES:,})")

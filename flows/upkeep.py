@@ -17,7 +17,7 @@ from typing import Any
 from artifacts.errors import Damaged, StoreError
 from artifacts.record import Record
 from artifacts.store import Store
-from flows.display import clock, say
+from flows.display import clock, say, tell
 from flows.export import ExportError
 from flows.session import scratch_folder, store_url
 
@@ -113,7 +113,7 @@ def _open(options: argparse.Namespace) -> Store:
 
 
 def _show(options: argparse.Namespace, plain: dict[str, Any], text: str) -> None:
-    print(json.dumps(plain) if options.json else text)
+    tell(json.dumps(plain) if options.json else text)
 
 
 def _size(size: int) -> str:
@@ -352,7 +352,7 @@ def _doctor(options: argparse.Namespace) -> int:
         checks.append(check)
         if not options.json:
             advice = f"\n{'':<11}do: {check.advice}" if check.advice and check.status != "ok" else ""
-            print(f"{check.status:<8} {check.name}: {check.seen}{advice}", flush=True)
+            tell(f"{check.status:<8} {check.name}: {check.seen}{advice}")
     bad = [check for check in checks if check.status == "error"]
     if options.json:
         print(json.dumps({"ok": not bad, "checks": [check.describe() for check in checks]}))

@@ -118,6 +118,6 @@ def test_hints_are_for_remote_stores_only(tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         hints = hints_for("s3://bucket/x")
         assert hints is not None
-        hints.remember({endpoint: "key"})
+        hints.remember({endpoint: "f" * 64})
         paths.append(hints.load(["http://127.0.0.1:1", "http://127.0.0.1:2"]))
-    assert paths == [{"http://127.0.0.1:1": "key"}, {"http://127.0.0.1:2": "key"}]
+    assert paths == [{"http://127.0.0.1:1": "f" * 64}, {"http://127.0.0.1:2": "f" * 64}]

@@ -40,9 +40,20 @@ from tests.tiny import save_tiny_model
 REBUILT = "tasks/plain_state.py"
 """The one file that may write and read a trainer's pickles: those of its own process, in its own work folder."""
 BANNED_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+STARTS_PROCESSES = "flows/workers.py"
+"""The one file outside the benchmarks that may start a process: the worker."""
+STARTERS = (
+    "subprocess.",
+    "os.exec",
+    "os.spawn",
+    "os.posix_spawn",
+    "asyncio.create_subprocess",
+    "pty.",
+    "multiprocessing.Process",
+)
 BANNED_CALLS = {
-    "eval", "exec", "torch.load", "torch.save", "np.load", "numpy.load", "yaml.unsafe_load", "yaml.full_load",
-    "pandas.read_pickle", "os.system", "os.popen",
+    "eval", "exec", "compile", "runpy.run_path", "runpy.run_module", "torch.load", "torch.save", "np.load", "numpy.load",
+    "yaml.unsafe_load", "yaml.full_load", "pandas.read_pickle", "os.system", "os.popen",
 }  # fmt: skip
 
 
@@ -59,12 +70,16 @@ def offences(path: str, source: str) -> Iterator[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             yield from (f"import {name}" for name in names if name.partition(".")[0] in BANNED_MODULES)
+            if isinstance(node, ast.ImportFrom) and node.module in ("subprocess", "runpy", "pty"):
+                yield f"from {node.module} import"
             if isinstance(node, ast.ImportFrom) and node.module in ("torch", "numpy", "yaml"):
                 yield from (f"from {node.module} import {a.name}" for a in node.names if a.name in ("load", "save"))
         if not isinstance(node, ast.Call):
             continue
         name, keywords = dotted(node.func), {word.arg: word.value for word in node.keywords}
         if name in BANNED_CALLS and not (path == REBUILT and name in ("torch.load", "torch.save")):
+            yield name
+        if name.startswith(STARTERS) and path != STARTS_PROCESSES and not path.startswith("benchmarks/"):
             yield name
         if name == "torch.load" and ast.unparse(keywords.get("weights_only", ast.Constant(None))) != "True":
             yield "torch.load without weights_only"
@@ -94,7 +109,9 @@ def test_no_source_file_can_load_code_from_data() -> None:
         "import pickle", "from joblib import load", "from torch import load", "import torch; torch.load('x')",
         "import numpy as np; np.load('x')", "eval('1')", "import yaml; yaml.load(x, yaml.Loader)",
         "AutoModel.from_pretrained('x')", "AutoModel.from_pretrained('x', trust_remote_code=yes)",
-        "f(allow_pickle=True)", "subprocess.run('x', shell=True)",
+        "f(allow_pickle=True)", "subprocess.run('x', shell=True)", "subprocess.run(['python', '-c', text])",
+        "compile(x, 'f', 'exec')",
+        "os.execv('x', [])", "from subprocess import run",
     ],
 )  # fmt: skip
 def test_the_search_finds_each_kind(source: str) -> None:

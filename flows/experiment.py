@@ -162,6 +162,10 @@ class Experiment(StageConfig):
         return self
 
 
+UNREADABLE = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+"""What the YAML library raises where a value is not what it looks like or is tagged as: `2001-99-99`, `!!bool maybe`."""
+
+
 def load_experiment(path: Path, overrides: list[str]) -> Experiment:
     """Read, override and check an experiment.
 
@@ -178,7 +182,7 @@ def load_experiment(path: Path, overrides: list[str]) -> Experiment:
         ) from error
     try:
         content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that also refuses repeated keys
-    except (yaml.YAMLError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, found {type(content).__name__}")
@@ -212,7 +216,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected KEY=VALUE, as treatments.sft.learning_rate=1e-4")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except UNREADABLE as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
     *parents, last = name.split(".")
     section: Any = content

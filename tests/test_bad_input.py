@@ -48,6 +48,17 @@ def test_config_mistakes(name: str) -> None:
         assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "value", ["2001-99-99", "!!bool maybe", "!!int ''", "!!timestamp x", "!!python/name:os", "[" * 3000]
+)
+def test_values_that_yaml_cannot_make(value: str, tmp_path: Path) -> None:
+    """Text that only looks like a value of YAML is the same one error, in a file and on the command line."""
+    (tmp_path / "a.yaml").write_text(f"name: {value}\n")
+    for path, overrides, where in ((DEFAULT, [f"name={value}"], "--set name"), (tmp_path / "a.yaml", [], "a.yaml")):
+        with pytest.raises(ConfigError, match=f"{where}.* not valid YAML"):
+            load_experiment(path, overrides)
+
+
 def test_every_mistake_is_listed_at_once() -> None:
     """Two mistakes are two lines of one error."""
     with pytest.raises(ConfigError, match="2 mistakes") as caught:

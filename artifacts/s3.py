@@ -71,7 +71,7 @@ class S3Backend:
         return self._each(keys, one)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        condition = {"IfNoneMatch": "*"} if if_absent else {} if if_match is None else {"IfMatch": if_match}
+        condition = {"IfNoneMatch": "*"} if if_absent else {} if if_match is None else {"IfMatch": _bare(if_match)}
         if not condition and len(data) > THREADED_FROM:
             view = memoryview(data)
             body = Body(len(data), lambda start, count: view[start : start + count])
@@ -345,6 +345,11 @@ class S3Backend:
 
 def _wrong_length(url: str, part: Part, found: int) -> StoreError:
     return StoreError(f"{url} answered a request for {part[1]} bytes with {found}")
+
+
+def _bare(etag: str) -> str:
+    """Without its quotes, as in Amazon's own examples: Ceph's radosgw refuses a quoted ETag that is the right one."""
+    return etag.strip('"') if etag.startswith('"') else etag
 
 
 def _unwatched(moved: int) -> None:

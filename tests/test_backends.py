@@ -18,7 +18,7 @@ from artifacts.parts import BUFFERS_OF_PROCESS, PART_BYTES
 from artifacts.s3 import GET_PART_BYTES
 from tests.conftest import use
 
-EVERYWHERE = ("memory", "local", "moto", "swift", "rclone")
+EVERYWHERE = ("memory", "local", "moto", "swift", "rclone") + (("radosgw",) if "RADOSGW_ENDPOINT" in os.environ else ())
 CANNOT = {
     ("swift", "create-only race"): "Swift looks before it writes, without a lock",
     ("swift", "compare-and-swap"): "Swift's S3 API does not implement If-Match",

@@ -48,8 +48,8 @@ def full(folder: object) -> object:
 def test_parts_that_unpack_to_more_than_the_disk_holds(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few kilobytes that stand for 64 GiB are refused by their sum, before a byte is written."""
-    digest, size = put_bomb(store, 1000)
+    """A few kilobytes that stand for a gigabyte are refused by their sum, before a byte is written."""
+    digest, size = put_bomb(store, 16)
     monkeypatch.setattr(space.shutil, "disk_usage", full)
     with pytest.raises(StoreUnavailable, match=f"{size:,} bytes are to be written there"):
         store.materialise(digest, tmp_path / "into")

@@ -172,13 +172,16 @@ def test_a_404_must_name_the_key(backend: Backend, proxy: FaultProxy, code: str)
 
 
 def test_a_concurrent_write_is_tried_again(backend: Backend, proxy: FaultProxy, pauses: list[float]) -> None:
-    """409 means that another conditional write was under way: the request is repeated, and then the condition decides."""
+    """409 means that another conditional write was under way: it is repeated, until the condition decides or it is an error."""
     proxy.add(Fault("status", status=409, code="ConditionalRequestConflict", method="PUT", times=2))
     backend.put("v1/x", b"1", if_absent=True)
     assert proxy.requests["PUT"] == 3 and backend.get("v1/x").data == b"1"
     proxy.add(Fault("status", status=409, code="ConditionalRequestConflict", method="PUT", times=1))
     with pytest.raises(Conflict):
         backend.put("v1/x", b"2", if_absent=True)
+    proxy.add(Fault("status", status=409, code="ConditionalRequestConflict", method="PUT", times=ALWAYS))
+    with pytest.raises(StoreUnavailable, match="HTTP 409"):
+        backend.put("v1/y", b"1", if_absent=True)
 
 
 def test_a_lost_reply_to_an_own_write(backend: Backend, proxy: FaultProxy, pauses: list[float], tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ from tasks.stage import Stage, StageContext, StageError, StageStopped
 from tasks.surroundings import Surroundings, environment
 from tasks.transfers import reporting
 
-COMMIT_ATTEMPTS = 5
-"""Times that a commit is tried, with doubling pauses from one second, while the store does not answer."""
+COMMIT_ATTEMPTS = 6
+"""Times that a commit is tried, with doubling pauses from one second, while the store does not answer: 31 s of pauses, so
+that a server may restart under any request of it (see `artifacts.retry.PATIENT`)."""
 
 LEASES = 3
 """Times that a worker takes the lease, each after having lost it to another worker."""

@@ -16,7 +16,7 @@ from unittest import mock
 
 from pydantic import Field
 
-from tasks.stage import StageConfig, StageContext, stage
+from tasks.stage import StageConfig, StageContext, StageError, stage
 
 
 class WatchedConfig(StageConfig):
@@ -47,7 +47,10 @@ def note(config: WatchedConfig, *words: object) -> None:
 
 def wait_at_gate(context: StageContext, config: WatchedConfig) -> None:
     """Wait until the test opens the gate, or until the body has to stop."""
+    deadline = time.monotonic() + 240.0
     while not Path(config.notes, "open").exists() and (config.deaf or not context.should_stop()):
+        if time.monotonic() > deadline:
+            raise StageError("nobody opened the gate")
         time.sleep(0.01)
 
 

@@ -29,7 +29,7 @@ from artifacts.download import READINGS
 from artifacts.errors import Damaged, NotFound
 from artifacts.mark import Tally, Where, by_digest, record_of
 from artifacts.packing import unpack
-from artifacts.record import Record
+from artifacts.record import Record, is_withdrawn
 from artifacts.store import Store
 from artifacts.trees import File, Part, object_key, read_parts, read_tree
 
@@ -165,7 +165,7 @@ class _Verifier:
         keys = {entry.key: record_of(entry.key) for entry in self._backend.list("v1/act/")}
         for key, stored in self._read(list(keys)):
             where = keys[key]
-            if stored is None:
+            if stored is None or is_withdrawn(stored.data):
                 continue
             self._count("record", len(stored.data))
             if where is None:

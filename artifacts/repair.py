@@ -20,8 +20,10 @@ from blake3 import blake3
 from artifacts.audit import Finding, Progress, Verification, verify
 from artifacts.backend import Object
 from artifacts.checkpoints import StoredCheckpoints
+from artifacts.condemned import remove_damaged
 from artifacts.copies import Copies
-from artifacts.digest import canonical_json, digest_bytes, update_from
+from artifacts.digest import canonical_json, digest_bytes, parse_canonical, update_from
+from artifacts.download import wrong_objects
 from artifacts.errors import Damaged, LeaseLost, NotFound
 from artifacts.lease import Lease
 from artifacts.mark import record_key, record_of, unique
@@ -247,7 +249,7 @@ class _Repairer:
         if self.result.dry_run:
             return
         standing = self._store.lookup(record.stage, record.key)
-        if standing is not None and standing.output == record.output:
+        if standing is not None and standing.commit == record.commit:
             self._store.invalidate(standing, reason)
 
     # What no record needs
@@ -272,14 +274,33 @@ class _Repairer:
 
     def _discard(self, finding: Finding) -> None:
         backend = self._store.backend
-        stored = (
-            None if finding.kind in ("blob", "tree", "parts list") else backend.get_many([finding.key])[finding.key]
-        )
+        if finding.kind in ("blob", "tree", "parts list"):
+            remove_damaged(backend, [finding.key], self._is_damaged, self._store.clock, spare_announced=True)
+            return
+        stored = backend.get_many([finding.key])[finding.key]
         if stored is not None:
             name = unique("v1/trash/damaged-")
             backend.put(f"{name}.bytes", stored.data)
             backend.put(f"{name}.json", canonical_json({"reason": finding.problem, "was": finding.key}))
         backend.delete(finding.key)
+
+    def _is_damaged(self, key: str) -> bool:
+        """True when an object that is named by a digest does not match it."""
+        backend, digest = self._store.backend, key[-64:]
+        if not key.startswith("v1/parts/"):
+            copy = self._copies.scratch / f"look-{digest}"
+            try:
+                return backend.get_file(key, copy) != digest
+            except NotFound:
+                return False
+            finally:
+                copy.unlink(missing_ok=True)
+        stored = backend.get_many([key])[key]
+        try:
+            size = sum(row[0] for row in parse_canonical(stored.data)["parts"]) if stored is not None else 0
+        except (ValueError, TypeError, KeyError):
+            return True
+        return stored is not None and key in set(wrong_objects(self._store, Tree.of([File("file", size, digest)])))
 
     def _drop_checkpoint(self, key: str) -> None:
         """Have the stage go on from the checkpoint before, or from the start; not while a worker is at it."""

@@ -94,6 +94,12 @@ class Attempt:
         """Remove the folder; what cannot be removed is left to a later sweep."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def take(self) -> None:
+        """Make it this process's own, so that nobody else on this machine removes it as one of a process that is gone."""
+        temporary = self.folder / f"{HOLDER}.part"
+        temporary.write_bytes(canonical_json(this_process()))
+        os.replace(temporary, self.folder / HOLDER)
+
     def _holder(self) -> dict[str, object]:
         try:
             return _holder((self.folder / HOLDER).read_bytes())
@@ -127,9 +133,13 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def finished_attempt(scratch: Path, key: str) -> Attempt | None:
-    """An attempt on this machine that finished the body and only failed to publish."""
+    """An attempt on this machine that finished the body and only failed to publish. It is this process's from now on."""
     for attempt in _attempts(scratch / key):
         if (attempt.is_mine() or attempt.is_abandoned()) and attempt.is_finished():
+            try:
+                attempt.take()
+            except OSError:
+                continue  # somebody removed it in this moment, its output being in the store
             return attempt
     return None
 

@@ -15,12 +15,14 @@ from typing import Any
 
 from artifacts.backend import Backend, Object, local_file, open_backend, put_own
 from artifacts.clock import SYSTEM, Clock
+from artifacts.condemned import remove_damaged
 from artifacts.digest import canonical_json, digest_bytes, is_digest, unseal
 from artifacts.download import download, read_file, wrong_objects
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, TooLarge
+from artifacts.intent import intent
 from artifacts.probe import check
-from artifacts.record import MAX_RECORD_BYTES, Record, is_stage
-from artifacts.trees import Tree, object_key, read_tree
+from artifacts.record import MAX_RECORD_BYTES, WITHDRAWN, Record, is_stage, is_withdrawn
+from artifacts.trees import Tree, object_key, object_keys, read_tree
 from artifacts.upload import Moved, uploaded
 
 TRANSFERS_AT_ONCE = 16
@@ -105,7 +107,7 @@ class Store:
             return None
         except TooLarge as error:
             raise Damaged(str(error), record=(stage, key)) from error
-        return Record.decode(data, stage, key)
+        return None if is_withdrawn(data) else Record.decode(data, stage, key)
 
     def lookup_many(
         self, wanted: Iterable[tuple[str, str]], damaged: dict[tuple[str, str], Damaged] | None = None
@@ -119,7 +121,8 @@ class Store:
         for name, stored in self.backend.get_many(keys, limit=MAX_RECORD_BYTES).items():
             pair = keys[name]
             try:
-                records[pair] = None if stored is None else Record.decode(stored.data, *pair)
+                there = stored is not None and not is_withdrawn(stored.data)
+                records[pair] = Record.decode(stored.data, *pair) if there else None
             except Damaged as error:
                 if damaged is None:
                     raise
@@ -132,21 +135,46 @@ class Store:
             self.backend.put(_record_key(record.stage, record.key), record.encode(), if_absent=True)
         except Conflict:
             standing = self.lookup(record.stage, record.key)
-            if standing is None:
-                return self.commit(record)
-            return standing
+            return self._commit_anew(record) if standing is None else standing
         return record
 
-    def invalidate(self, record: Record, reason: str) -> None:
+    def _commit_anew(self, record: Record) -> Record:
+        """Put a record in the place of one that was withdrawn; announced, as a collection may be removing what is there."""
+        name = _record_key(record.stage, record.key)
+        with intent(self.backend, [name], self.clock):
+            try:
+                stored = self.backend.get(name, limit=MAX_RECORD_BYTES)
+                if is_withdrawn(stored.data):
+                    self.backend.put(name, record.encode(), if_match=stored.etag)
+                    return record
+            except (Conflict, NotFound):
+                pass  # it changed meanwhile, or the refusal answers a retry of this very write
+        return self.commit(record)
+
+    def invalidate(self, record: Record, reason: str) -> bool:
         """Withdraw a record whose output cannot be read, keeping a copy with the reason under `v1/trash/`.
 
         Objects of the output whose bytes are wrong are removed: a blob is only written where none is, so a damaged one
-        left in place would outlive the rerun.
+        left in place would outlive the rerun. False, and nothing is changed, when the record does not stand any more.
         """
+        standing = self.lookup(record.stage, record.key)
+        if standing is None or standing.commit != record.commit:
+            return False
         self._drop_damaged(record.output)
-        note = {"reason": reason, "record": json.loads(record.encode())}
-        self.backend.put(f"v1/trash/{record.stage}-{record.key}-{uuid.uuid4().hex}.json", canonical_json(note))
-        self.backend.delete(_record_key(record.stage, record.key))
+        return self.withdraw(record, {"reason": reason, "record": json.loads(record.encode())})
+
+    def withdraw(self, record: Record, why: dict[str, Any]) -> bool:
+        """Have this very record count as none from now on; `why` is kept under `v1/trash/`. False if it does not stand."""
+        name = _record_key(record.stage, record.key)
+        stored = self.backend.get_many([name])[name]
+        try:
+            if stored is None or Record.decode(stored.data, record.stage, record.key).commit != record.commit:
+                return False
+        except Damaged:
+            return False
+        note = f"v1/trash/{record.stage}-{record.key}-{uuid.uuid4().hex}.json"
+        self.backend.put(note, canonical_json(why))
+        return self._replace_withdrawn(name, note, stored.etag)
 
     def withdraw_damaged(self, stage: str, key: str, reason: str) -> bool:
         """Withdraw a record object that is not a record, keeping its bytes under `v1/trash/`; the stage is then a miss.
@@ -156,6 +184,8 @@ class Store:
         name = _record_key(stage, key)
         try:
             stored = self.backend.get(name, limit=MAX_RECORD_BYTES)
+            if is_withdrawn(stored.data):
+                return False
             Record.decode(stored.data, stage, key)
             return False
         except NotFound:
@@ -168,21 +198,38 @@ class Store:
         trash = f"v1/trash/{stage}-{key}-{uuid.uuid4().hex}"
         self.backend.put(f"{trash}.bytes", stored.data)
         self.backend.put(f"{trash}.json", canonical_json({"reason": reason, "bytes": f"{trash}.bytes"}))
+        return self._replace_withdrawn(name, f"{trash}.json", stored.etag)
+
+    def _replace_withdrawn(self, name: str, note: str, etag: str) -> bool:
+        """Replace, never delete: a delete has no condition, and would take away what somebody has made anew meanwhile."""
+        data = WITHDRAWN + note.encode()
         try:
-            # Only one of several withdrawers goes on to the delete, so that none removes what another has remade.
-            put_own(self.backend, name, b"withdrawn " + trash.encode(), if_match=stored.etag)
+            put_own(self.backend, name, data, if_match=etag)
         except (Conflict, NotFound):
+            self.backend.delete(note)
             return False
-        self.backend.delete(name)
         return True
 
     def _drop_damaged(self, digest: str) -> None:
+        """Remove what would keep a rerun's writer from sending the right bytes: blobs of the right size, and parts lists."""
         try:
             tree = self.tree(digest)
         except Damaged:
-            self.backend.delete(object_key("tree", digest))
-            return
-        self.backend.delete_many(list(wrong_objects(self, tree)))
+            return  # a writer reads the tree that is there, and replaces it
+        wrong = list(wrong_objects(self, tree))
+        sizes = self.backend.sizes(wrong)
+        try:
+            expected = dict(object_keys(self, digest))
+        except Damaged:
+            expected = {}
+        if there := [key for key in wrong if sizes[key] is not None and sizes[key] == expected.get(key, sizes[key])]:
+            remove_damaged(
+                self.backend,
+                there,
+                lambda key: key in set(wrong_objects(self, tree)),
+                self.clock,
+                spare_announced=False,
+            )
 
     def records(self, stage: str) -> Iterator[Record]:
         """All readable records of a stage, newest first. For explaining misses and listing; never on the hit path."""

@@ -186,10 +186,11 @@ class StudyRun:
                 guard = self._healing.setdefault(source, threading.Lock())
             with guard:
                 outcome = self.outcomes[source]
+                # Looked up before the output is read: a record that another run makes anew meanwhile is not withdrawn.
+                record = self.store.lookup(outcome.stage, outcome.key)
                 if outcome.output != message["tree"] or self._readable(outcome.output):
                     continue
                 self.watch(source, {"event": "log", "message": f"made again, because {message['message']}"})
-                record = self.store.lookup(outcome.stage, outcome.key)
                 if record is not None and record.output == outcome.output:
                     self.store.invalidate(record, message["message"])
                 self._obtain(self.graph[source])

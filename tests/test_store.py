@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from artifacts.backend import open_backend
+from artifacts.clock import SYSTEM
+from artifacts.condemned import remove_damaged
 from artifacts.digest import canonical_json, digest_bytes, digest_file
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable
-from artifacts.record import Record, payload_key
+from artifacts.intent import intent
+from artifacts.record import WITHDRAWN, Record, payload_key
 from artifacts.store import Store, new_record
-from artifacts.trees import Tree, check_path, object_keys
+from artifacts.trees import Tree, check_path, object_key, object_keys
 
 PAYLOAD = {"algorithm": 1, "stage": "toy", "code": "c", "config": {"x": 1}, "inputs": {}}
 
@@ -296,6 +300,52 @@ def test_unreadable_runs_are_left_out(store: Store) -> None:
     skipped: list[str] = []
     assert [name for name, _, _ in store.runs(skipped)] == [good]
     assert sorted(skipped) == ["a", "b", "c", "d"]
+
+
+def test_only_the_record_that_was_meant_is_withdrawn(store: Store) -> None:
+    """Who found a record damaged long ago takes nothing away from the one that was made since, even in the last moment."""
+    first = record("1" * 64)
+    store.commit(first)
+    assert store.withdraw(first, {"reason": "test"}) and store.lookup("toy", first.key) is None
+    assert not store.withdraw(first, {"reason": "test"}) and not store.invalidate(first, "test")
+    second = record("2" * 64)
+    assert store.commit(second) == second and store.lookup_many([("toy", second.key)])["toy", second.key] == second
+    assert not store.withdraw(first, {"reason": "test"}) and not store.invalidate(first, "test")
+    assert store.lookup("toy", first.key) == second and [r.output for r in store.records("toy")] == ["2" * 64]
+    put = store.backend.put
+
+    def late(key: str, data: bytes, **condition: object) -> str:
+        if key.startswith("v1/act/") and data.startswith(WITHDRAWN):
+            put(key, record("3" * 64).encode())
+        return put(key, data, **condition)
+
+    with mock.patch.object(store.backend, "put", late):
+        assert not store.withdraw(second, {"reason": "too late"})
+    standing = store.lookup("toy", first.key)
+    assert standing is not None and standing.output == "3" * 64
+    notes = [store.backend.get(entry.key).data for entry in store.backend.list("v1/trash/")]
+    assert len(notes) == 1 and b"too late" not in notes[0]
+
+
+def test_a_blob_that_was_put_anew_is_not_removed(store: Store, tmp_path: Path) -> None:
+    """Between the look that finds a blob damaged and its removal somebody may have put the right bytes."""
+    tree = store.put_tree(folder(tmp_path, a="one", b="two", c="three"))
+    keys = [object_key("cas", file.digest) for file in tree.files]
+    good = store.backend.get(keys[0]).data
+    for key in keys:
+        store.backend.put(key, b"!" + store.backend.get(key).data[1:])
+    looked: list[str] = []
+
+    def is_damaged(key: str) -> bool:
+        looked.append(key)
+        store.backend.put(keys[0], good)
+        return digest_bytes(store.backend.get(key).data) != key[-64:]
+
+    held = intent(store.backend, [keys[-1]])
+    with held:
+        assert remove_damaged(store.backend, keys, is_damaged, SYSTEM, spare_announced=True) == keys[1:-1]
+    assert looked == keys[:-1] and store.backend.get(keys[0]).data == good
+    assert remove_damaged(store.backend, keys[-1:], is_damaged, SYSTEM, spare_announced=False) == keys[-1:]
 
 
 def test_damaged_record_is_withdrawn(store: Store) -> None:

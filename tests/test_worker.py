@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from artifacts import scratch
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.digest import canonical_json
-from artifacts.lease import Lease, this_process
+from artifacts.lease import Lease, process_identity, this_process
 from artifacts.record import payload_key
 from artifacts.store import Store, new_record
 from tasks import worker
@@ -176,3 +178,17 @@ def test_damaged_record_names_itself(tmp_path: Path) -> None:
     last, _ = execute(spec)
     assert last["event"] == "damaged" and last["tree"] is None and last["record"] == ["source", spec.key]
     assert "not a record" in last["message"]
+
+
+def test_a_finished_attempt_is_taken_over(tmp_path: Path) -> None:
+    """Who takes over what a dead process finished owns it: others on the machine do not remove it under his hands."""
+    attempt = scratch.new_attempt(tmp_path, "a" * 64, "1-x")
+    (attempt.out / "weights").write_text("w")
+    attempt.finish(3.0)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    (attempt.folder / scratch.HOLDER).write_bytes(canonical_json(process_identity(child.pid)))
+    assert scratch.finished_attempt(tmp_path, "a" * 64) is None
+    child.communicate()
+    assert attempt.is_abandoned() and not attempt.is_mine()
+    assert scratch.finished_attempt(tmp_path, "a" * 64) == attempt
+    assert attempt.is_mine() and not attempt.is_abandoned() and attempt.is_finished()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from artifacts.collect import collect
 from artifacts.errors import StoreError
 from artifacts.intent import TAKEOVER_SECONDS
+from tests.simulation.runs import Run
 from tests.simulation.stages import CountingConfig
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class Collections:
             twin = replace(node, config=node.config.model_copy(update={"twin": 1, "exact": True}))
             unused.append(node if rng.random() < 0.4 else twin)
         used = replace(unused[0], name="used", config=CountingConfig(seed=99, steps=1), above=())
-        self._alone("past", lambda: self._schedule.run_stages(unused, remember=False))
-        self._alone("past, used", lambda: self._schedule.run_stages([used], remember=True))
+        self._alone("past", lambda: Run(self._schedule, unused, remember=False).run())
+        self._alone("past, used", lambda: Run(self._schedule, [used], remember=True).run())
         self._grow_old()
         self._alone("first visit", self.visit)
         self._grow_old()
@@ -55,10 +56,11 @@ class Collections:
 
     def finish(self) -> None:
         """Collections with nobody else at work leave what a run needs, and nothing else."""
-        for _ in range(2):
+        plan = self._schedule.plan
+        for _ in range(3 if plan.rots or plan.forgets else 2):  # what is withdrawn is kept for a grace period more
             self._grow_old()
             self._alone("last visit", self.visit)
-        named = {f"v1/act/{stage}/{key}.json" for stage, key in self._schedule.named}
+        named = {f"v1/act/{stage}/{key}.json" for stage, key in self._schedule.named} - self._schedule.ledger.withdrawn
         self._schedule.ledger.check_collected(named)
 
     def visit(self) -> None:

@@ -11,6 +11,7 @@ Each violation names the property it breaks:
 * `no rerun`      a body runs for a key whose record stood when its worker took the lease, or was not looked up;
 * `once`          a body runs while another holds the lease, or again after one that ended well on the same machine;
 * `in use`        a record is deleted that a run under way has found, or that a finished run names;
+* `withdrawn`     a record is withdrawn that was intact all the time, or another one than a person asked for;
 * `collected`     after collections with nobody else at work, something unused is left, or something needed is not;
 * `resume`        a body goes on from another step than the newest checkpoint, or repeats more than one interval.
 """
@@ -65,8 +66,13 @@ class _Lease:
 @dataclass(slots=True)
 class _Standing:
     output: str
+    commit: str
     at: float
     parts: frozenset[str]
+    inputs: tuple[str, ...]
+    """Trees that it was made from: kept with it, even where the records that made them were withdrawn."""
+    damaged: bool = False
+    """True once something of it was."""
 
 
 @dataclass(slots=True)
@@ -99,7 +105,19 @@ class Ledger:
     steps: int = 0
     relied: set[str] = field(default_factory=set)
     """Records that a run has found, or made, and announced before that it would."""
+    rotten: set[str] = field(default_factory=set)
+    """Objects that rotted, and were not put again since."""
+    contents: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Output -> its tree and blobs, as far as its tree was ever there."""
+    withdrawn: set[str] = field(default_factory=set)
+    """Records that were withdrawn for a reason, and do not stand."""
+    outputs: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Record -> outputs that stood, and were withdrawn."""
+    forgetting: dict[Process, str] = field(default_factory=dict)
+    """Commit of the record that a person wants withdrawn."""
     _lost: dict[tuple[Process, str], int] = field(default_factory=dict)
+    _brought_back: set[str] = field(default_factory=set)
+    """Checkpoints that are named again after they were removed."""
     _looked: dict[tuple[Process, str], bool] = field(default_factory=dict)
     _renewed: dict[tuple[Process, str], float] = field(default_factory=dict)
     _fences: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -114,7 +132,7 @@ class Ledger:
     def read(self, key: str, found: bool, by: Process) -> None:
         """Somebody asked for an object."""
         if key.startswith("v1/act/"):
-            self._looked[by, key] = found
+            self._looked[by, key] = found and key in self.standing
         elif key.startswith("v1/wip/"):
             self._count_lost(key, by)
 
@@ -122,7 +140,7 @@ class Ledger:
         """Somebody put or deleted an object."""
         kind = key.split("/")[1]
         if kind == "act":
-            self._record(key, before, after)
+            self._record(key, before, after, by)
         elif kind in ("cas", "tree", "parts"):
             self._part(key, after)
         elif kind == "lease":
@@ -132,40 +150,64 @@ class Ledger:
             if key.endswith("/LATEST"):
                 self._pointer(key.split("/")[2], before, after, by)
 
-    def _record(self, key: str, before: bytes | None, after: bytes | None) -> None:
-        if after is None:
-            if key in self.relied:
-                self.violated(f"in use: the record {key[:30]} was deleted")
-            self.standing.pop(key, None)
-            stage_key = key.split("/")[3].removesuffix(".json")
-            self.bodies.pop(stage_key, None)
-            self.reached.pop(stage_key, None)
+    def rots(self, key: str) -> None:
+        """An object is about to change or to vanish, by nobody's doing."""
+        self.rotten.add(key)
+        for standing in self.standing.values():
+            standing.damaged = standing.damaged or key in standing.parts
+
+    def _record(self, key: str, before: bytes | None, after: bytes | None, by: Process) -> None:
+        if after is None or after.startswith(b"withdrawn"):
+            self._withdrawal(key, by)
             return
-        output = json.loads(after)["output"]
-        if before is not None and json.loads(before)["output"] != output:
+        body = json.loads(after)
+        output, was = body["output"], self.standing.get(key)
+        if was is not None and was.output != output:
             self.violated(f"one output: the record {key[:30]} was replaced by one of another output")
-        self.standing[key] = _Standing(output, self.world.now, frozenset(self._objects_of(output)))
+        parts = self._objects_of(output)
+        damaged, inputs = not parts.isdisjoint(self.rotten), tuple(body["payload"]["inputs"].values())
+        self.standing[key] = _Standing(output, body["commit"], self.world.now, parts, inputs, damaged)
+        self.withdrawn.discard(key)
         self._check_complete(key)
+
+    def _withdrawal(self, key: str, by: Process) -> None:
+        was = self.standing.pop(key, None)
+        if was is None:
+            return
+        if by in self.forgetting:
+            if self.forgetting[by] != was.commit:
+                self.violated(f"withdrawn: the record {key[:30]}, another one than was to be forgotten")
+        elif key in self.relied and not was.damaged:
+            what = "withdrawn" if by.name.startswith(("w", "r")) else "in use"
+            self.violated(f"{what}: the record {key[:30]} was deleted, and nothing was wrong with it")
+        if by in self.forgetting or was.damaged:
+            self.withdrawn.add(key)
+        self.outputs[key].add(was.output)
+        stage_key = key.split("/")[3].removesuffix(".json")
+        self.bodies.pop(stage_key, None)
+        self.reached.pop(stage_key, None)
 
     def _part(self, key: str, after: bytes | None) -> None:
         if after is not None and "/cas/" in key and digest_bytes(after) != key[-64:]:
             self.violated(f"complete: {key[:20]} was stored with other bytes than its name says")
+        if after is not None and digest_bytes(after) == key[-64:]:
+            self.rotten.discard(key)
         if after is None:
             for record, standing in self.standing.items():
                 if key in standing.parts:
                     self._check_complete(record)
 
-    def _objects_of(self, output: str) -> Iterator[str]:
+    def _objects_of(self, output: str) -> frozenset[str]:
         tree = f"v1/tree/{output[:2]}/{output}"
-        yield tree
-        if tree in self.objects:
-            for _path, _size, digest in json.loads(self.objects[tree][0]):
-                yield f"v1/cas/{digest[:2]}/{digest}"
+        if tree in self.objects and tree not in self.rotten:
+            files = [digest for _path, _size, digest in json.loads(self.objects[tree][0])]
+            self.contents[output] = frozenset([tree, *(f"v1/cas/{digest[:2]}/{digest}" for digest in files)])
+        return self.contents.get(output, frozenset([tree]))
 
     def _check_complete(self, record: str) -> None:
-        for name in self._objects_of(self.standing[record].output):
+        for name in sorted(self._objects_of(self.standing[record].output)):
             stored = self.objects.get(name)
-            if stored is None or digest_bytes(stored[0]) != name[-64:]:
+            if name not in self.rotten and (stored is None or digest_bytes(stored[0]) != name[-64:]):
                 self.violated(f"complete: the record {record[:30]} stands without {name[:20]}")
 
     def _lease(self, key: str, after: bytes | None, by: Process) -> None:
@@ -207,7 +249,11 @@ class Ledger:
             self.violated(f"pointer: moved by {by.name} under fence {body['fence']} after a claim under a later one")
         if before is None and self._lost.get((by, key), 0) > LOST_REQUESTS:
             self.violated(f"pointer: remade by {by.name}, which had lost its lease")
-        self.pointers[key] = body["checkpoints"][0]["step"] if body["checkpoints"] else 0
+        newest = body["checkpoints"][0] if body["checkpoints"] else {"name": "", "step": 0}
+        # A late duplicate of the request that made the pointer may bring it back after everything was discarded.
+        if before is None and f"v1/wip/{key}/{newest['name']}/manifest.json" not in self.objects:
+            self._brought_back.add(newest["name"])
+        self.pointers[key] = 0 if newest["name"] in self._brought_back else newest["step"]
 
     def _count_lost(self, name: str, by: Process) -> None:
         key = name.split("/")[2]
@@ -257,12 +303,20 @@ class Ledger:
                 and not other.by.alive
                 and other.by.machine == body.by.machine
                 and standing is None
+                and not self._somebody_else_at(work.key, body.by)
             ):
                 self.violated(f"once: the output that {other.by.name} left on this machine was made again")
         if done != self.pointers[work.key]:
             self.violated(f"resume: from step {done}, the newest checkpoint is of step {self.pointers[work.key]}")
         if self.reached[work.key] - done > work.interval:
             self.violated(f"resume: from step {done} after {self.reached[work.key]} steps, interval {work.interval}")
+
+    def _somebody_else_at(self, key: str, by: Process) -> bool:
+        """True when another process of the machine is at the same key: it may have taken over what the dead one left."""
+        return any(
+            process.alive and process is not by and process.machine == by.machine and work.key == key
+            for process, work in self.work.items()
+        )
 
     def _was_kept(self, body: Body) -> bool:
         """True when the lease was renewed in time whenever it had to be, and is the worker's own.
@@ -304,11 +358,12 @@ class Ledger:
 
     def reported(self, stage: str, key: str, output: str, by: Process, *, relied: bool = True) -> None:
         """A worker says that the stage is done."""
-        standing = self.standing.get(f"v1/act/{stage}/{key}.json")
-        if standing is None or standing.output != output:
+        record = f"v1/act/{stage}/{key}.json"
+        standing = self.standing.get(record)
+        if (standing is None or standing.output != output) and output not in self.outputs[record]:
             self.violated(f"one output: {by.name} reports an output that does not stand for the key")
         if relied:
-            self.relied.add(f"v1/act/{stage}/{key}.json")
+            self.relied.add(record)
 
     def check_end(self) -> None:
         """After the last process has ended."""
@@ -323,7 +378,8 @@ class Ledger:
         left = {key for key in self.objects if key.startswith(kinds)}
         if missing := (needed | parts) - left:
             self.violated(f"collected: {len(missing)} objects that a run needs are gone, such as {min(missing)[:30]}")
-        if extra := left - needed - parts:
+        inputs = {tree for record in needed & records for tree in self.standing[record].inputs}
+        if extra := left - needed - parts - {part for tree in inputs for part in self._objects_of(tree)}:
             self.violated(f"collected: {len(extra)} unused objects are left, such as {min(extra)[:30]}")
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from artifacts import collect, intent, lease, scratch, sweep, upload
+from artifacts import collect, condemned, intent, lease, repair, scratch, store, sweep, upload
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.digest import canonical_json, digest_bytes, digest_file
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
@@ -39,11 +39,15 @@ class Mutation:
     collectors: int = 0
     deaf: bool = False
     """True when the bodies have to ignore that they are asked to stop."""
+    damage: bool = False
+    """True when it takes rotting blobs, and repairs."""
+    first: int = 0
+    """Seed at which to begin: where it takes a rare coincidence, shortly before one that is known."""
     rate: float = 0.02
     """Chance of each of the accidents."""
 
 
-def first_seed_that_sees(mutation: Mutation, first: int, number: int) -> Result | None:
+def first_seed_that_sees(mutation: Mutation, number: int) -> Result | None:
     """The first of `number` schedules in which the mutated protocol violates a property; None if there is none."""
     rates = dict.fromkeys(mutation.accidents, mutation.rate)
 
@@ -52,6 +56,8 @@ def first_seed_that_sees(mutation: Mutation, first: int, number: int) -> Result 
         if mutation.collectors:
             short = {"steps": 1, "seconds": 0.05, "exact": True}
             nodes = [replace(node, config=node.config.model_copy(update=short)) for node in nodes]
+        people = {"rots": 3, "repairs": 2, "forgets": 1}
+        plan = replace(plan, **(people if mutation.damage else dict.fromkeys(people, 0)))
         return replace(
             plan,
             nodes=nodes,
@@ -62,7 +68,7 @@ def first_seed_that_sees(mutation: Mutation, first: int, number: int) -> Result 
             brisk=plan.brisk or mutation.collectors > 0,
         )
 
-    for seed in range(first, first + number):
+    for seed in range(mutation.first, mutation.first + number):
         with mutation.patch():
             result = run_schedule(seed, change=change)
         if any(text.startswith(f"{mutation.sees}:") for text in result.violations):
@@ -72,6 +78,17 @@ def first_seed_that_sees(mutation: Mutation, first: int, number: int) -> Result 
 
 def _replace(owner: Any, name: str, new: Any) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: mock.patch.object(owner, name, new)
+
+
+def _both(*patches: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[Any]]:
+    @contextmanager
+    def all_of_them() -> Iterator[None]:
+        with ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch())
+            yield
+
+    return all_of_them
 
 
 # Records and blobs
@@ -265,6 +282,24 @@ def _proving_nothing() -> Iterator[None]:
             yield
 
 
+# Damage
+
+
+def _withdraw_by_deleting(self: Store, name: str, note: str, etag: str) -> bool:
+    self.backend.delete(name)
+    return True
+
+
+def _remove_unseen(backend: Any, keys: Any, is_damaged: Any, clock: Any, *, spare_announced: bool) -> list[str]:
+    backend.delete_many(keys)
+    return list(keys)
+
+
+def _invalidate_whatever_stands(self: Store, record: Any, reason: str) -> bool:
+    standing = self.lookup(record.stage, record.key)
+    return standing is not None and self.withdraw(standing, {"reason": reason})
+
+
 STOPS = ("stop", "long stop", "clock jumps")
 
 MUTATIONS: dict[str, Mutation] = {
@@ -324,13 +359,30 @@ MUTATIONS: dict[str, Mutation] = {
     "a collection without a second look": Mutation(_replace(Marks, "refresh", _refresh_once), "in use", (), 1),
     "a collection that proves nothing": Mutation(_proving_nothing, "complete", ("long stop",), 1),
     "a batch that is proven once": Mutation(
-        _replace(sweep.CondemnedList, "while_proven", lambda self, keys: iter(keys)), "complete", ("long stop",), 1
+        _replace(sweep.CondemnedList, "while_proven", lambda self, keys: iter(keys)),
+        "complete",
+        ("long stop",),
+        1,
+        first=920,
     ),
     "a list freed with requests under way": Mutation(
-        _replace(sweep, "SHORTEST_PAUSE", float("inf")), "complete", ("late", "lost reply"), 1, rate=0.05
+        _replace(condemned, "SHORTEST_PAUSE", float("inf")), "complete", ("late", "lost reply"), 1, first=300, rate=0.05
     ),
     "records and blobs in one batch": Mutation(
         _replace(sweep, "_batches", lambda keys: [list(keys)] if keys else []), "complete", (), 1
+    ),
+    "a record withdrawn by deleting it": Mutation(
+        _replace(Store, "_replace_withdrawn", _withdraw_by_deleting), "withdrawn", ("long stop",), damage=True
+    ),
+    "another record withdrawn than the damaged one": Mutation(
+        _replace(Store, "invalidate", _invalidate_whatever_stands), "withdrawn", ("long stop",), damage=True, first=300
+    ),
+    "damaged objects removed without another look": Mutation(
+        _both(_replace(store, "remove_damaged", _remove_unseen), _replace(repair, "remove_damaged", _remove_unseen)),
+        "complete",
+        ("stop", "long stop"),
+        damage=True,
+        first=90,
     ),
     "blobs deleted before their records": Mutation(
         _replace(collect, "KINDS", dict(reversed(collect.KINDS.items()))), "complete", (), 1

@@ -7,30 +7,21 @@ whatever the others left behind, and processes that were stopped all along wake 
 
 from __future__ import annotations
 
-import random
-import shutil
-import tempfile
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any
-from unittest import mock
 
-from artifacts import intent, lease, retry, scratch, sweep
-from artifacts.digest import canonical_json, digest_bytes
-from artifacts.errors import StoreError
-from artifacts.intent import wait_until_spared
-from artifacts.mark import ACTIVE_RUNS
+from artifacts.digest import digest_bytes
 from artifacts.store import Store
-from tasks.worker import Spec, Stop, Surroundings, execute
+from tasks.worker import Stop
 from tests.simulation.collections import LONGEST_WAIT, Collections
-from tests.simulation.ledger import TIME_TO_LIVE, Ledger, Work, open_ledger
-from tests.simulation.scheduler import Process, SimulatedClock, Turns, World, enter
+from tests.simulation.damage import Damage
+from tests.simulation.ledger import TIME_TO_LIVE, Ledger, open_ledger
+from tests.simulation.machine import CLOCK, simulated_machine
+from tests.simulation.runs import Run
+from tests.simulation.scheduler import Process, Turns, World, enter
 from tests.simulation.server import Server, SimulatedBackend
 from tests.simulation.stages import CountingConfig
 
@@ -40,13 +31,10 @@ WRITE_FAULTS = ("lost reply", "duplicate", "late")
 FAULTS = (*ANY_FAULTS, *WRITE_FAULTS, "409", "412")
 RARE = 3
 """How many times more likely a fault is at a request of a kind that there are few of."""
-EXPECTED = ("StoreUnavailable", "LeaseLost")
-"""Errors that a worker may fail with, and be started again."""
 CONDITIONAL = ("create", "swap")
 WRITES = ("put", "delete", *CONDITIONAL)
 SKEW = 600.0
 """Most seconds by which a machine's wall clock is wrong."""
-CLOCK = SimulatedClock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +57,12 @@ class Plan:
     restarts: int
     collectors: int
     """Collections beside the workers, in a store with a past; 0 for an empty store."""
+    rots: int
+    """Objects that rot, at random times."""
+    repairs: int
+    """Repairs beside the workers."""
+    forgets: int
+    """Records that a person forgets beside the workers."""
     brisk: bool
     """True when bodies are short and everybody begins at once, so that writers and collections meet often."""
     switch: float
@@ -105,12 +99,16 @@ def plan(seed: int) -> Plan:
         nodes.append(Node(f"n{index}", config, above, rng.random() < 0.15))
     calm = rng.random() < 1 / 6
     kinds = [kind for kind in (*ACCIDENTS, *FAULTS) if rng.random() < 0.4]
+    people = not calm and rng.random() < 0.25
     return Plan(
         nodes=nodes,
         machines=rng.randint(1, 3),
         workers=rng.randint(1, 4),
         restarts=rng.randint(0, 4),
         collectors=rng.choice((0, 0, 0, 1, 2)),
+        rots=rng.randint(0, 3) if people else 0,
+        repairs=rng.randint(0, 2) if people else 0,
+        forgets=rng.randint(0, 2) if people else 0,
         brisk=brisk,
         switch=rng.choice((0.05, 0.3, 0.9)),
         rates={} if calm else {kind: rng.choice((0.003, 0.01, 0.04)) for kind in kinds},
@@ -147,10 +145,15 @@ class Schedule:
         for _ in range(self.plan.workers):
             self._start_worker(self.delay(20.0) if self.rng.random() < 0.5 else 0.0)
         collections.start()
+        damage = Damage(self)
+        damage.start()
         self.world.run(until=self._all_idle, before=self.world.now + 4000.0)
         self.left, self.server.down_until = 0, 0.0
         self._finish_with_a_fresh_worker()
         self.world.run()
+        if self.plan.rots:
+            damage.finish()
+            self._finish_with_a_fresh_worker()
         self.ledger.check_end()
         for crash in self.world.crashes:
             self.ledger.violated(f"crash: {crash}")
@@ -162,7 +165,9 @@ class Schedule:
         return not any(p.alive and p.stopped_until <= self.world.now for p in self.world.processes)
 
     def _finish_with_a_fresh_worker(self) -> None:
-        waits = LONGEST_WAIT if self.plan.collectors else 0.0
+        waits = (
+            LONGEST_WAIT * (1 + self.plan.rots + self.plan.repairs) if self.plan.collectors or self.plan.rots else 0.0
+        )
         each = [node.config.steps * node.config.seconds + 2 * TIME_TO_LIVE + 30 + 2 * waits for node in self.plan.nodes]
         begun, bound = self.world.now, sum(each)
         last = self._start_worker(0.0, machine="fresh")
@@ -193,7 +198,7 @@ class Schedule:
         number = self.rng.randrange(self.plan.machines) + 1
 
         def life() -> None:
-            if self.run_stages(self.plan.nodes, remember=True):
+            if Run(self, self.plan.nodes, remember=True).run():
                 self.finished.append(made)
                 self.world.counts["workers that finished"] += 1
 
@@ -206,81 +211,6 @@ class Schedule:
         if process not in self.finished and self.restarts > 0 and self.left > 0:
             self.restarts -= 1
             self._start_worker(self.rng.uniform(0.0, 90.0))
-
-    def run_stages(self, nodes: list[Node], *, remember: bool) -> bool:
-        """Every stage in turn, as a run does it: announced, executed or adopted, remembered. False if it failed."""
-        process = self.world.current
-        active = f"{ACTIVE_RUNS}{uuid.uuid4().hex}.json"
-        outputs: dict[str, str] = {}
-        named: dict[str, dict[str, str]] = {}
-        try:
-            for node in nodes:
-                spec = self._spec(node, outputs, process)
-                named[node.name] = {"stage": "counting", "key": spec.key}
-                if remember:
-                    self._announce(active, named)
-                self.ledger.work[process] = Work("counting", spec.key, node.config.interval, node.deaf)
-                message = self._execute(spec, process)
-                self.world.note(f"{node.name}: {message['event']} {message.get('message', '')}")
-                if message["event"] != "done":
-                    self.world.counts[f"workers that {message['event']}"] += 1
-                    if message["event"] == "failed" and message["kind"] not in EXPECTED:
-                        self.ledger.violated(f"crash: {message['kind']}: {message['message']}")
-                    return False
-                outputs[node.name] = message["output"]
-                self.ledger.reported("counting", spec.key, message["output"], process, relied=remember)
-            if remember:
-                self.store.put_run({"experiment": "e", "complete": True, "nodes": named, "config": {}})
-                self.named |= {(node["stage"], node["key"]) for node in named.values()}
-                self.store.backend.delete(active)
-        except StoreError as error:
-            self.world.note(f"the run failed: {error}")
-            return False
-        return True
-
-    def _announce(self, active: str, named: dict[str, dict[str, str]]) -> None:
-        """Say which records the run will rely on, and wait while a collection deletes one of them."""
-        self.store.backend.put(active, canonical_json({"schema": 1, "nodes": named}))
-        keys = frozenset(f"v1/act/{node['stage']}/{node['key']}.json" for node in named.values())
-        wait_until_spared(self.store.backend, keys, CLOCK)
-
-    def _execute(self, spec: Spec, process: Process) -> dict[str, Any]:
-        messages: list[dict[str, Any]] = []
-
-        def send(message: dict[str, Any]) -> None:
-            messages.append(message)
-
-        around = Surroundings(
-            clock=CLOCK,
-            open_store=lambda url: self.store,
-            require_code=lambda spec, stage: None,
-            end_process=lambda status: self._exit(process),
-        )
-        execute(spec, send, self.stops[process], around)
-        return messages[-1]
-
-    def _exit(self, process: Process) -> None:
-        self.world.counts["ended themselves"] += 1
-        self.ledger.gave_up(process)
-        self.world.end(process)
-
-    def _spec(self, node: Node, outputs: dict[str, str], process: Process) -> Spec:
-        config = node.config.model_dump(mode="json")
-        inputs = {name: outputs[name] for name in node.above}
-        payload = {"algorithm": 1, "stage": "counting", "code": "0" * 64, "config": config, "inputs": inputs}
-        return Spec(
-            store="memory://simulation",
-            node=node.name,
-            module="tests.simulation.stages",
-            attribute="counting",
-            config=config,
-            inputs=inputs,
-            payload=payload,
-            symbols={},
-            scratch=str(self.folder / process.machine),
-            time_to_live=TIME_TO_LIVE,
-            checkpoint_seconds=0.0,
-        )
 
     # Accidents
 
@@ -331,44 +261,6 @@ class Schedule:
                 return kind
             roll -= rate
         return None
-
-
-@contextmanager
-def simulated_machine(seed: int) -> Iterator[Path]:
-    """Names, processes and the temporary folder of the code under test follow from the seed, and nothing else does."""
-    from tests.simulation.scheduler import world
-
-    names = Random(f"names {seed}")
-    state = random.getstate()
-    random.seed(seed)
-
-    def this_process() -> dict[str, object]:
-        return world().current.identity
-
-    def is_gone(holder: dict[str, object]) -> bool:
-        here = world().current
-        same = [p for p in world().processes if p.identity == holder]
-        return holder.get("machine") == here.machine and bool(same) and not same[0].alive
-
-    folder = Path(tempfile.mkdtemp(prefix="simulation-", dir=_memory_folder()))
-    fakes = {"this_process": this_process, "is_gone": is_gone}
-    try:
-        with mock.patch.object(uuid, "uuid4", lambda: uuid.UUID(int=names.getrandbits(128), version=4)):
-            with mock.patch.multiple(lease, **fakes), mock.patch.multiple(scratch, **fakes):
-                with (
-                    mock.patch.object(intent, "is_gone", is_gone),
-                    mock.patch.object(sweep, "this_process", this_process),
-                    mock.patch.multiple(retry, pause=CLOCK.sleep, time=CLOCK),
-                ):
-                    yield folder
-    finally:
-        random.setstate(state)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@cache
-def _memory_folder() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def run_schedule(seed: int, *, trace: bool = False, change: Callable[[Plan], Plan] = lambda plan: plan) -> Result:

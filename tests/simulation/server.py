@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, wrong_size
 from artifacts.digest import digest_bytes
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
-from artifacts.retry import BRIEF, PATIENT, Patience, persist
+from artifacts.retry import BRIEF, PATIENT, SHORTEST_PAUSE, Patience, persist
 from artifacts.s3_client import READ_SECONDS
 from tests.simulation.scheduler import EPOCH, Process, World
 
@@ -291,6 +291,8 @@ class SimulatedBackend:
             raise Passing("the connection broke")
         if fault == "duplicate":
             world.later(world.rng.uniform(0.0, LATE_SECONDS), lambda: self._ignoring(effect))
+            if verb == "delete":  # whatever sends a request twice does so because the first answer is slow in coming
+                self._pass(SHORTEST_PAUSE)
             return effect()
         if fault == "late":
             world.later(world.rng.uniform(0.0, LATE_SECONDS), lambda: self._ignoring(effect))

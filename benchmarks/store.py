@@ -90,7 +90,7 @@ def contest(folder: Path, kind: str, server_name: str, mib: int, rounds: int, to
     source.parent.mkdir()
     write_weights(source, mib * MIB) if kind == "weights" else write_noise(source, mib * MIB)
     taken: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    order = random.Random(0)
+    order = random.Random(f"{kind} {server_name}")
     for number in range(rounds):
         (folder / "server").mkdir()
         with started(server_name, folder / "server") as server:

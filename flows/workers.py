@@ -183,6 +183,8 @@ class _Nursery:
         )
         self._listeners: dict[str, tuple[Listener, SimpleQueue[dict[str, Any]]]] = {}
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
+        """Not the same lock: the nursery may have to be heard out before it reads on."""
         self.dead = False
         self._reader = threading.Thread(target=self._relay, name="nursery", daemon=True)
         self._reader.start()
@@ -207,7 +209,7 @@ class _Nursery:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        with self._lock:
+        with self._sending:
             self.process.stdin.close()
         self.process.wait()
         self._reader.join()
@@ -216,7 +218,7 @@ class _Nursery:
         """Write one command; False when the process is gone."""
         assert self.process.stdin is not None
         try:
-            with self._lock:
+            with self._sending:
                 self.process.stdin.write(json.dumps(message).encode() + b"\n")
                 self.process.stdin.flush()
             return True

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,29 @@ def test_sixteen_race_for_one_key(backend: str, tmp_path: Path, request: pytest.
     assert sum(result["executed"] for result in results) == 1
     assert {result["output"] for result in results} == {undisturbed(config, tmp_path)}
     assert need_nobody(Store.open(url)) == 1
+
+
+def test_talkative_workers_do_not_block_others(tmp_path: Path) -> None:
+    """Stages are started while another one says more than a pipe holds, and nobody waits for anybody for ever."""
+    notes, url = notes_in(tmp_path / "notes"), str(tmp_path / "store")
+    talks = WatchedConfig(notes=str(notes.folder), steps=20_000, seconds=0.0, deaf=True)
+    long = replace(spec_of(url, WatchedConfig(notes=str(notes.folder), seed=1), tmp_path / "s"), checkpoint_seconds=60.0)
+    long.symbols["tests/nowhere.py::unused"] = "0" * 4_000_000
+    pool, talking = WorkerPool(Hardware("cpu", (), 2)), threading.Event()
+
+    def listen(message: dict[str, Any]) -> None:
+        if message["event"] == "progress":
+            talking.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(pool.run, spec_of(url, talks, tmp_path / "s"), trains=False, priority=0, listen=listen)
+        assert talking.wait(60)
+        second = threads.submit(pool.run, long, trains=False, priority=0, listen=lambda message: None)
+        try:
+            assert [job.result(120)["event"] for job in (first, second)] == ["done", "done"]
+        finally:
+            kill(*pool.processes())
+            pool.close()
 
 
 def test_another_machine_goes_on(s3_url: str, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_get_that_is_cut(large: tuple[str, FaultProxy], tmp_path: Path, pauses
     url, proxy = large
     store = Store.open(url)
     tree = store.put_tree(one_file(tmp_path / "out"))
-    for after in (0, 1 << 20, GET_PART_BYTES - 1):
+    for after in (0, 1000, 12_344):  # the last range is short, and may be asked for before the others
         proxy.add(Fault("cut reply", method="GET", part="/cas/", after=after))
     proxy.log.clear()
     store.materialise(tree.digest, tmp_path / "into")

@@ -94,9 +94,9 @@ class _Arriving:
 
     def take_part(self, number: int) -> None:
         """Receive one part; the last one to be hashed completes the file."""
-        part = self._parts[number]
+        part, plain = self._parts[number], None
         if part.packed:
-            self._fetch_packed(part)
+            plain = self._fetch_packed(part)
         else:
             self._fetch(part.digest, part.size, part.offset)
         with self._lock:
@@ -110,7 +110,10 @@ class _Arriving:
                 if hashed not in self._arrived:
                     self._hashing = False
                     break
-            self._hash(self._parts[hashed])
+            if hashed == number and plain is not None:
+                self._whole.update(plain)
+            else:
+                self._hash(self._parts[hashed])
             self._hashed += 1
         if hashed == len(self._parts):
             if self._whole.hexdigest() != self._file.digest:
@@ -134,7 +137,8 @@ class _Arriving:
                 return
         raise self._damaged("does not match its digest", digest)
 
-    def _fetch_packed(self, part: Part) -> None:
+    def _fetch_packed(self, part: Part) -> memoryview:
+        """Receive one packed part; what it was before it was packed."""
         key = object_key("cas", part.digest)
         for _ in range(READINGS):
             try:
@@ -157,6 +161,7 @@ class _Arriving:
         ):
             write_at(file.fileno(), plain, part.offset)
         self._meter.add(part.size)
+        return plain
 
     def _damaged(self, what: str, digest: str) -> Damaged:
         where = f"{self._file.path} of tree {self._tree[:12]} in {self._backend.url}"

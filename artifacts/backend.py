@@ -11,6 +11,7 @@ Every backend gives the same guarantees, which the rest of the store is built on
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ EXPECTED = "a folder, file:///folder, s3://bucket/prefix or memory://name"
 Progress = Callable[[int], None]
 """Called with the number of further bytes that were moved; from any thread."""
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+SCHEME = re.compile(r"(?:s3[an]?|gs|gcs|az|abfss?|adl|ftp|sftp|ssh|hdfs|https?|file|memory)")
+"""Schemes that an error may repeat. Anything else before a colon may be a key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,19 +172,14 @@ def get_each(backend: Backend, keys: Iterable[str], limit: int) -> dict[str, Obj
 def open_backend(url: str) -> Backend:
     """The backend for a store URL: a local folder (a path or `file://`), `s3://bucket/prefix`, or `memory://name`.
 
-    A URL holds no credentials, and one that seems to is refused without being repeated.
+    A URL holds no credentials, and one that seems to is refused without being repeated; nor is any that is no URL.
 
     Raises:
         StoreError: the URL is not one of these.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url):
-            raise StoreError(
-                f"store {url!r}: a URL needs '://'; expected {EXPECTED} (write ./{url} for a folder of that name)"
-            )
-        if not url or re.match(r"(file|s3|memory):", url):
-            raise StoreError(f"the store is named by {url!r}; expected {EXPECTED}")
+        _check_folder(url)
         from artifacts.local import LocalBackend
 
         return LocalBackend(Path(url))
@@ -190,21 +188,18 @@ def open_backend(url: str) -> Backend:
             "the store's URL contains '@', as if it held a user or a password (it is not repeated here); "
             f"credentials belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE. Expected {EXPECTED}"
         )
+    if scheme in ("file", "s3") and ("?" in rest or "#" in rest):
+        raise StoreError(f"the store's {scheme}:// URL has a query or a fragment; expected {EXPECTED}")
     if scheme == "file":
         if not rest.startswith("/"):
-            raise StoreError(f"store {url!r}: file:// names a folder on this machine; expected file:///folder")
+            raise StoreError(
+                "the store's file:// URL does not go on with '/'; it names a folder on this machine: expected file:///folder"
+            )
         from artifacts.local import LocalBackend
 
         return LocalBackend(Path(rest))
     if scheme == "s3":
-        if "?" in rest or "#" in rest:
-            raise StoreError("the store's s3:// URL has a query or a fragment; expected s3://bucket/prefix")
-        bucket = rest.partition("/")[0]
-        if not BUCKET.fullmatch(bucket):
-            raise StoreError(
-                f"store {url!r}: {bucket!r} is not a bucket's name (3 to 63 lower-case letters, digits, '.' and '-'); "
-                "expected s3://bucket/prefix"
-            )
+        _check_bucket(rest)
         from artifacts.redact import guard_logs
         from artifacts.s3 import S3Backend
 
@@ -215,5 +210,39 @@ def open_backend(url: str) -> Backend:
         from artifacts.memory import MemoryBackend
 
         return MemoryBackend.named(rest)
-    named = repr(scheme) if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) else "before ://"
-    raise StoreError(f"the store's URL has the unknown scheme {named}; expected {EXPECTED}")
+    known = repr(scheme) if SCHEME.fullmatch(scheme) else "before ://"
+    raise StoreError(f"the store's URL has the unknown scheme {known}; expected {EXPECTED}")
+
+
+def _check_folder(name: str) -> None:
+    """Refuse what was meant as a URL. Of that only the scheme may be repeated: what follows may be a key and a secret."""
+    if not name:
+        raise StoreError(f"the store is named by ''; expected {EXPECTED}")
+    meant = re.match(rf"({SCHEME.pattern})(:|//)", name, re.IGNORECASE)
+    if meant:
+        raise StoreError(f"the store's name begins with {meant[0]!r}: a URL needs '://'; expected {EXPECTED}")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
+        raise StoreError(
+            "the store's name has a ':' as after a URL's scheme (it is not repeated here, as it may hold a password): "
+            f"a URL needs '://'; expected {EXPECTED} (write ./ before the name of a folder)"
+        )
+
+
+def _check_bucket(bucket_and_prefix: str) -> None:
+    bucket, _, prefix = bucket_and_prefix.partition("/")
+    if not BUCKET.fullmatch(bucket):
+        named = (
+            repr(bucket) if re.fullmatch(r"[A-Za-z0-9._-]{0,16}", bucket) else "what follows s3:// (not repeated here)"
+        )
+        raise StoreError(
+            f"the store's URL: {named} is not a bucket's name (3 to 63 lower-case letters, digits, '.' and '-'); "
+            "expected s3://bucket/prefix"
+        )
+    segments = prefix.removesuffix("/").split("/") if prefix else []
+    if {"", ".", ".."} & set(segments):
+        # One client would take them as they are, the other out: reads and writes would go to different places.
+        meant = posixpath.normpath(f"/{prefix}").strip("/")
+        raise StoreError(
+            f"the prefix of the store s3://{bucket}/{prefix} has an empty, '.' or '..' part; "
+            f"write {f's3://{bucket}/{meant}'.rstrip('/')}"
+        )

@@ -303,6 +303,35 @@ def test_secrets_in_urls_are_not_repeated() -> None:
     del NEEDLES["in the URL"]
 
 
+SECRET = "wJalrXUtnFEMIsecret"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"s3:/AKIAEXAMPLE:{SECRET}@bucket/p",
+        f"s3:AKIAEXAMPLE:{SECRET}@b",
+        f"https:AKIAEXAMPLE:{SECRET}@h/b",
+        f"AKIAEXAMPLE:{SECRET}@b",
+        f"s3//AKIAEXAMPLE:{SECRET}@b",
+        f"s3://AKIAEXAMPLE:{SECRET}",
+        f"s3://AKIAEXAMPLE:{SECRET}/bucket/p",
+        f"file://user:{SECRET}/x",
+        f"file://h?X-Amz-Signature={SECRET}",
+        f"file:///h?X-Amz-Signature={SECRET}",
+        f"S3//{SECRET}",
+        f"{SECRET}://b",
+        f"memory//{SECRET}",
+    ],
+)
+def test_no_part_of_a_malformed_url_is_repeated(url: str) -> None:
+    """What is almost a URL is refused, is no folder, and nothing of it that may be a key or a secret is in the error."""
+    with pytest.raises(StoreError, match="expected|Expected") as caught:
+        open_backend(url)
+    said = everything_said(caught.value)
+    assert SECRET not in said and "AKIAEXAMPLE" not in said
+
+
 def test_the_environment_is_the_only_way_in(tmp_path: Path) -> None:
     """Credentials reach workers through the environment, which nothing prints."""
     assert SECRETS.keys() <= environment(**SECRETS).keys()

@@ -292,6 +292,18 @@ def test_bad_store_urls(url: str, says: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "meant"),
+    [("/a", "a"), ("a//b", "a/b"), ("a/../b", "b"), ("./a/", "a"), ("a//", "a"), ("/", ""), ("..", "")],
+)
+def test_prefixes_that_clients_read_differently(prefix: str, meant: str) -> None:
+    """A prefix of which one client would make another is refused when the store is opened, with the URL to write instead."""
+    with pytest.raises(StoreError, match="'\\.\\.' part") as caught:
+        open_backend(f"s3://bucket/{prefix}")
+    assert str(caught.value).endswith(f"write s3://bucket/{meant}".rstrip("/"))
+    assert open_backend("s3://bucket/a/").url == "s3://bucket/a"
+
+
 def test_unreadable_runs_are_left_out(store: Store) -> None:
     """A run object that is not a run hides no other run, and its id is handed to the caller."""
     good = store.put_run({"experiment": "e", "complete": True, "nodes": {}, "config": {}})

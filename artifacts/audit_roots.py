@@ -15,6 +15,8 @@ from artifacts.mark import ACTIVE_RUNS, Where, is_note, record_key
 from artifacts.store import Store, parse_run
 from artifacts.trail import PINS, TRAIL, read_trail
 
+RUNS = "v1/run/"
+
 Problem = tuple[str, str, str]
 """(kind, key, what is wrong)."""
 Count = Callable[[str, int], None]
@@ -24,7 +26,7 @@ def check_roots(store: Store, records: Container[Where], count: Count) -> Iterat
     """What is wrong with runs, pins, checkpoints and the trail, given the readable records."""
     backend = store.backend
     explained = _withdrawn(backend)
-    for key, data in _objects(backend, list(backend.list("v1/run/"))):
+    for key, data in _objects(backend, list(backend.list(RUNS))):
         count("run", len(data))
         yield from _check_run(key, data, records, explained)
     yield from _check_pins(backend, records, explained, count)
@@ -33,10 +35,25 @@ def check_roots(store: Store, records: Container[Where], count: Count) -> Iterat
         yield from _check_checkpoints(backend, key, count)
     for key, data in _objects(backend, list(backend.list(TRAIL))):
         count("audit entry", len(data))
-        try:
+        if (problem := root_problem(key, data)) is not None:
+            yield "audit entry", key, problem
+
+
+def root_problem(key: str, data: bytes) -> str | None:
+    """What is wrong with the bytes of a run, a pin or an entry of the trail; None when nothing is."""
+    try:
+        if key.startswith(PINS):
+            if (label := read_pin(data).label) != key.removeprefix(PINS).removesuffix(".json"):
+                raise ValueError(f"is the pin {label!r}")
+        elif key.startswith(RUNS):
+            parse_run(data)
+            if not key.startswith(ACTIVE_RUNS) and digest_bytes(data) != key.rpartition("/")[2].removesuffix(".json"):
+                raise ValueError("does not match its digest")
+        elif key.startswith(TRAIL):
             unseal(data)
-        except ValueError as error:
-            yield "audit entry", key, str(error)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _objects(backend: Backend, entries: Sequence[Entry]) -> Iterator[tuple[str, bytes]]:
@@ -59,14 +76,10 @@ def _withdrawn(backend: Backend) -> set[str]:
 
 
 def _check_run(key: str, data: bytes, records: Container[Where], explained: set[str]) -> Iterator[Problem]:
-    try:
-        body = parse_run(data)
-        if not key.startswith(ACTIVE_RUNS) and digest_bytes(data) != key.rpartition("/")[2].removesuffix(".json"):
-            raise ValueError("does not match its digest")
-    except ValueError as error:
-        yield "run", key, str(error)
+    if (problem := root_problem(key, data)) is not None:
+        yield "run", key, problem
         return
-    for name, node in body["nodes"].items():
+    for name, node in parse_run(data)["nodes"].items():
         where = (node["stage"], node["key"])
         if where not in records and record_key(*where) not in explained:
             yield "record", record_key(*where), f"cannot be read; it is {name} of {key}, and nobody withdrew it"
@@ -77,14 +90,10 @@ def _check_pins(backend: Backend, records: Container[Where], explained: set[str]
     for key, data in _objects(backend, list(backend.list(PINS))):
         count("pin", len(data))
         standing.add(key)
-        try:
-            kept = read_pin(data)
-            if kept.label != key.removeprefix(PINS).removesuffix(".json"):
-                raise ValueError(f"is the pin {kept.label!r}")
-        except ValueError as error:
-            yield "pin", key, str(error)
+        if (problem := root_problem(key, data)) is not None:
+            yield "pin", key, problem
             continue
-        for node in kept.nodes.values():
+        for node in read_pin(data).nodes.values():
             where = (node["stage"], node["key"])
             if where not in records and record_key(*where) not in explained:
                 yield "record", record_key(*where), f"cannot be read; {key} keeps it"

@@ -18,17 +18,18 @@ from typing import Any
 from blake3 import blake3
 
 from artifacts.audit import Finding, Progress, Verification, verify
-from artifacts.backend import Object
+from artifacts.audit_roots import root_problem
+from artifacts.backend import Object, put_own
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.condemned import remove_damaged
 from artifacts.copies import Copies
 from artifacts.digest import canonical_json, digest_bytes, parse_canonical, update_from
 from artifacts.download import wrong_objects
-from artifacts.errors import Damaged, LeaseLost, NotFound
+from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound
 from artifacts.lease import Lease
-from artifacts.mark import record_key, record_of, unique
+from artifacts.mark import Where, record_key, record_of, unique
 from artifacts.packing import packed_run
-from artifacts.record import Record
+from artifacts.record import MAX_RECORD_BYTES, Record, is_withdrawn
 from artifacts.store import Store
 from artifacts.trail import PINS, note
 from artifacts.trees import File, Part, Tree, object_key, object_keys_of, read_parts, read_tree, stored_parts
@@ -133,19 +134,31 @@ class _Repairer:
     # Records
 
     def _mend_record(self, finding: Finding) -> None:
-        where = record_of(finding.key)
-        copy = self._copies.object(finding.key)
-        if where is not None and copy is not None:
-            try:
-                record = Record.decode(copy[0].data, *where)
-                self._put(finding.key, copy[0].data, copy[1])
-                self.result.verification.records[where] = record
+        """Put another store's record in the place of a damaged one, unless somebody has made it anew or withdrawn it."""
+        where, key, backend = record_of(finding.key), finding.key, self._store.backend
+        self._left.discard(key)
+        while where is not None:
+            stored = backend.get_many([key], limit=MAX_RECORD_BYTES)[key]
+            if stored is not None and is_withdrawn(stored.data):
+                break
+            if stored is not None and (made := _record_in(stored, where)) is not None:
+                self.result.verification.records[where] = made
                 return
-            except Damaged:
-                pass
-        self._left.discard(finding.key)
-        self.result.unreadable.append(finding.key)
-        self._say(f"{finding.key}: no intact copy; its stage runs again when it is needed")
+            copy = self._copies.object(key)
+            record = None if copy is None else _record_in(copy[0], where)
+            if copy is None or record is None:
+                break
+            etag = None if stored is None else stored.etag
+            try:
+                if not self.result.dry_run:
+                    put_own(backend, key, copy[0].data, if_absent=etag is None, if_match=etag)
+            except (Conflict, NotFound):
+                continue  # somebody else was here meanwhile
+            self._fixed(key, copy[1])
+            self.result.verification.records[where] = record
+            return
+        self.result.unreadable.append(key)
+        self._say(f"{key}: no intact copy; its stage runs again when it is needed")
         if where is not None and not self.result.dry_run:
             self._store.withdraw_damaged(*where, finding.problem)
 
@@ -260,29 +273,44 @@ class _Repairer:
         if copy is not None and digest_bytes(copy[0].data) == finding.key[-69:-5]:
             self._put(finding.key, copy[0].data, copy[1])
             return
-        if finding.kind == "pin" and not self.result.dry_run:
-            label = finding.key.removeprefix(PINS).removesuffix(".json")
-            note(self._store.backend, "unpin", f"the pin was damaged: {finding.problem}", label=label)
         if finding.problem.startswith("is missing"):
+            if finding.kind == "pin" and self._store.backend.size(finding.key) is None:
+                self._note_unpinned(finding)
             return
         self.result.removed[finding.key] = finding.problem
-        self._say(f"{finding.key}: {finding.problem}; removed")
         if finding.kind == "checkpoint":
             self._drop_checkpoint(finding.key)
-        elif not self.result.dry_run:
-            self._discard(finding)
-
-    def _discard(self, finding: Finding) -> None:
-        backend = self._store.backend
-        if finding.kind in ("blob", "tree", "parts list"):
-            remove_damaged(backend, [finding.key], self._is_damaged, self._store.clock, spare_announced=True)
+        elif not self.result.dry_run and not self._discard(finding):
+            del self.result.removed[finding.key]
+            self._say(f"{finding.key}: was made anew, or is being made; left as it is")
             return
+        self._say(f"{finding.key}: {self.result.removed[finding.key]}; removed")
+
+    def _note_unpinned(self, finding: Finding) -> None:
+        if not self.result.dry_run:
+            label = finding.key.removeprefix(PINS).removesuffix(".json")
+            note(self._store.backend, "unpin", f"the pin was damaged: {finding.problem}", label=label)
+
+    def _discard(self, finding: Finding) -> bool:
+        """Remove what is still damaged, and no other object that has come to its place; False if there is one."""
+        named = finding.kind in ("blob", "tree", "parts list")
+        check = self._is_damaged if named else lambda key: self._is_damaged_root(finding)
+        backend, clock = self._store.backend, self._store.clock
+        removed = remove_damaged(backend, [finding.key], check, clock, spare_announced=True)
+        return bool(removed) or backend.size(finding.key) is None
+
+    def _is_damaged_root(self, finding: Finding) -> bool:
+        """True when an object that is not named by a digest is still damaged; its bytes are then kept in the trash."""
+        backend = self._store.backend
         stored = backend.get_many([finding.key])[finding.key]
-        if stored is not None:
-            name = unique("v1/trash/damaged-")
-            backend.put(f"{name}.bytes", stored.data)
-            backend.put(f"{name}.json", canonical_json({"reason": finding.problem, "was": finding.key}))
-        backend.delete(finding.key)
+        if stored is None or root_problem(finding.key, stored.data) is None:
+            return False
+        name = unique("v1/trash/damaged-")
+        backend.put(f"{name}.bytes", stored.data)
+        backend.put(f"{name}.json", canonical_json({"reason": finding.problem, "was": finding.key}))
+        if finding.kind == "pin":
+            self._note_unpinned(finding)
+        return True
 
     def _is_damaged(self, key: str) -> bool:
         """True when an object that is named by a digest does not match it."""
@@ -319,6 +347,13 @@ class _Repairer:
             self.result.removed[key] = "left to the worker that is running its stage"
         finally:
             lease.release()
+
+
+def _record_in(stored: Object, where: Where) -> Record | None:
+    try:
+        return Record.decode(stored.data, *where)
+    except Damaged:
+        return None
 
 
 def _cut(path: Path, part: Part) -> str:

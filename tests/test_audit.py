@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from artifacts.audit import verify
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.digest import digest_bytes
+from artifacts.keep import pin, pins, unpin
 from artifacts.record import Record, payload_key
 from artifacts.repair import Repair, repair
 from artifacts.store import Store, new_record
@@ -279,3 +281,56 @@ def test_damaged_checkpoints_are_dropped(made: Made, tmp_path: Path, what: str) 
     (tmp_path / "restored").mkdir()
     step = StoredCheckpoints(made.store.backend, "c" * 64, 9).restore(tmp_path / "restored")
     assert step == (1 if what == "newest" else None)
+
+
+def test_repair_leaves_a_record_that_was_made_anew(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that is run again, to another output, while another store is asked for its record, keeps the new one."""
+    other = Store.open(f"{tmp_path}/other")
+    other.put_tree(made.folder / "evaluate")
+    other.commit(made.numbers)
+    key = f"v1/act/evaluate/{made.numbers.key}.json"
+    harm(made.store, key, key, "flip")
+    (made.folder / "again").mkdir()
+    (made.folder / "again" / "table").write_bytes(b"3, 2, 1")
+    anew: list[Record] = []
+    ask = other.backend.get_many
+
+    def get_many(keys, **options):
+        if not anew and key in (keys := list(keys)):
+            made.store.withdraw_damaged("evaluate", made.numbers.key, "not a record")
+            tree = made.store.put_tree(made.folder / "again")
+            anew.append(made.store.commit(replace(made.numbers, output=tree.digest, size=tree.size, commit="anew")))
+        return ask(keys, **options)
+
+    monkeypatch.setattr(other.backend, "get_many", get_many)
+    done = repair(made.store, stores=[other])
+    assert made.store.lookup("evaluate", made.numbers.key) == anew[0]
+    assert not done.fixed and not done.unreadable and not done.withdrawn
+
+
+def test_repair_leaves_roots_that_were_made_anew(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is finished again, and a pin that is set again, while a repair is at work, still keep their outputs."""
+    pin(made.store, "paper", {"numbers": made.numbers})
+    before = made.store.backend.get(f"v1/run/{made.run}.json").data
+    for key in (f"v1/run/{made.run}.json", "v1/pin/paper.json"):
+        harm(made.store, key, key, "flip")
+    other = Store.open(f"{tmp_path}/other")
+    ask = other.backend.get_many
+
+    def get_many(keys, **options):
+        if f"v1/run/{made.run}.json" in (keys := list(keys)):
+            made.store.backend.put(f"v1/run/{made.run}.json", before)
+        return ask(keys, **options)
+
+    def say(text: str) -> None:
+        if text.startswith("v1/act/"):
+            unpin(made.store, "paper")
+            pin(made.store, "paper", {"numbers": made.numbers})
+
+    key = f"v1/act/sft/{made.tuned.key}.json"
+    harm(made.store, key, key, "flip")
+    monkeypatch.setattr(other.backend, "get_many", get_many)
+    done = repair(made.store, stores=[other], say=say)
+    assert not done.removed and [name for name, _, _ in made.store.runs()] == [made.run]
+    assert [kept.label for kept in pins(made.store)] == ["paper"]
+    assert verify(made.store).ok

@@ -31,6 +31,7 @@ from artifacts.lease import TIME_TO_LIVE, Heartbeat, Lease, wait_for
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, Tree, new_record
 from artifacts.upload import Moved
+from tasks.inputs import Inputs
 from tasks.stage import Stage, StageContext, StageError, StageStopped
 from tasks.surroundings import Surroundings, environment
 from tasks.transfers import reporting
@@ -201,12 +202,11 @@ class _Attempt:
 
     def _run_body(self, attempt: scratch.Attempt, checkpoints: StoredCheckpoints, lease: Lease) -> None:
         with attempt.work() as work:
-            inputs: dict[str, Path] = {}
-            for name, digest in self.spec.inputs.items():
-                inputs[name] = work / "inputs" / digest
-                if not inputs[name].exists():
-                    self.store.materialise(digest, inputs[name], self._reporting(f"reading {name}"))
-            timed = _TimedCheckpoints(checkpoints, self.clock)
+            read = Inputs(self.store, work / "inputs")
+            inputs = {
+                name: read.read(tree, self._reporting(f"reading {name}")) for name, tree in self.spec.inputs.items()
+            }
+            timed = _TimedCheckpoints(checkpoints, self.clock, read.require_unchanged)
             context = StageContext(
                 out=attempt.out,
                 work=work,
@@ -227,6 +227,7 @@ class _Attempt:
                 self.in_body = False
                 self._end_grace()
             timed.count()
+            read.require_unchanged()
         try:
             self._require_planned_code()
         except StageError:
@@ -315,10 +316,11 @@ class _Attempt:
 
 
 class _TimedCheckpoints:
-    """Checkpoints that also remember how long the body has run, over all attempts."""
+    """Checkpoints that also remember how long the body has run, over all attempts, and are made of intact inputs alone."""
 
-    def __init__(self, stored: StoredCheckpoints, clock: Clock) -> None:
+    def __init__(self, stored: StoredCheckpoints, clock: Clock, require_intact: Callable[[], None]) -> None:
         self._stored = stored
+        self._require_intact = require_intact
         self._clock = clock
         self._since = clock.monotonic()
 
@@ -329,6 +331,7 @@ class _TimedCheckpoints:
         self._since = now
 
     def save(self, step: int, directory: Path) -> None:
+        self._require_intact()
         self.count()
         self._stored.save(step, directory)
 

@@ -14,12 +14,14 @@ import pytest
 
 from artifacts import scratch
 from artifacts.checkpoints import StoredCheckpoints
+from artifacts.clock import SYSTEM
 from artifacts.digest import canonical_json
 from artifacts.lease import Lease, process_identity, this_process
 from artifacts.record import payload_key
 from artifacts.store import Store, new_record
 from tasks import worker
 from tasks.identity import CodeReader, stage_payload
+from tasks.inputs import Inputs
 from tasks.stage import StageError
 from tasks.worker import Spec, Stop
 from tests import toy_stages as toys
@@ -31,14 +33,15 @@ ELSEWHERE = {"machine": "another", "pid": 1, "started": 1}
 
 def spec_of(stage: Any, config: Any, tmp_path: Path, **changes: Any) -> Spec:
     code = CodeReader(packages=PACKAGES).stage(stage)
+    inputs = changes.pop("inputs", {})
     return Spec(
         store=str(tmp_path / "store"),
         node="node",
         module="tests.toy_stages",
         attribute=stage.body.__name__,
         config=config.model_dump(mode="json"),
-        inputs={},
-        payload=stage_payload(stage, config, {}, code),
+        inputs=inputs,
+        payload=stage_payload(stage, config, inputs, code),
         symbols=dict(code.symbols),
         scratch=str(tmp_path / "scratch"),
         **changes,
@@ -123,6 +126,70 @@ def test_abandoned_attempts_are_swept(tmp_path: Path) -> None:
     os.utime(nameless, (time.time() - 2 * 86400,) * 2)
     execute(spec_of(toys.source, toys.TextConfig(), tmp_path))
     assert set((tmp_path / "scratch" / others.key).iterdir()) == kept
+
+
+@pytest.mark.parametrize("by", ["the body", "another", "another, leaving the size and the text"])
+def test_inputs_that_are_written_make_no_result(tmp_path: Path, by: str) -> None:
+    """An input in which the body or another process writes by way of its link to the store fails the stage.
+
+    Nothing is committed, and what became wrong in the store is not there any more, so that the next run has it made again.
+    """
+    made = spec_of(toys.source, toys.TextConfig(text="A" * 100), tmp_path)
+    above = execute(made)[0]["output"]
+    store = Store.open(made.store)
+    [blob] = (path for path in (tmp_path / "store/v1/cas").rglob("*") if path.is_file())
+    config = toys.TextConfig(text="EVIL" if by == "the body" else "")
+    spec = spec_of(toys.writing, config, tmp_path, inputs={"above": above})
+
+    def write(done: int) -> None:
+        if by != "the body":
+            blob.chmod(0o644)
+            with open(blob, "r+") as file:
+                file.write("EVIL" if by == "another" else "<A")
+
+    last, _ = execute(spec, write)
+    assert last["event"] == "failed" and "read-only" in last["message"] and "text.txt" in last["message"]
+    assert store.lookup("writing", spec.key) is None and not scratch.finished_attempt(Path(spec.scratch), spec.key)
+    assert blob.exists() == (by == "another, leaving the size and the text")
+    honest = spec_of(toys.writing, toys.TextConfig(text=""), tmp_path, inputs={"above": above})
+    last, _ = execute(honest)
+    assert last["event"] == ("done" if blob.exists() else "damaged")
+
+
+def test_an_input_written_while_it_was_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that falls between the verification of an input and the note of its time is found by its digest."""
+    above = execute(spec_of(toys.source, toys.TextConfig(text="A" * 100), tmp_path))[0]["output"]
+    materialise = Store.materialise
+
+    def then_write(self: Store, digest: str, into: Path, progress: Any = None) -> Any:
+        tree = materialise(self, digest, into, progress)
+        (into / "text.txt").chmod(0o644)
+        with open(into / "text.txt", "r+") as file:
+            file.write("EVIL")
+        return tree
+
+    monkeypatch.setattr(Store, "materialise", then_write)
+    spec = spec_of(toys.writing, toys.TextConfig(text=""), tmp_path, inputs={"above": above})
+    last, _ = execute(spec)
+    assert last["event"] == "failed" and "while it was verified" in last["message"]
+    assert Store.open(spec.store).lookup("writing", spec.key) is None
+
+
+def test_checkpoints_are_made_of_intact_inputs(tmp_path: Path) -> None:
+    """No checkpoint is saved once an input was written: a later attempt would go on from wrong bytes."""
+    store, folder = Store.open(str(tmp_path / "store")), tmp_path / "state"
+    folder.mkdir()
+    (folder / "x").write_text("x")
+    inputs = Inputs(store, tmp_path / "inputs")
+    path = inputs.read(store.put_tree(folder).digest) / "x"
+    stored = StoredCheckpoints(store.backend, "0" * 64, fence=1)
+    timed = worker._TimedCheckpoints(stored, SYSTEM, inputs.require_unchanged)
+    timed.save(1, folder)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(StageError, match="read-only"):
+        timed.save(2, folder)
+    (tmp_path / "into").mkdir()
+    assert stored.restore(tmp_path / "into") == 1
 
 
 def test_lost_lease_adopts_the_winner(tmp_path: Path) -> None:

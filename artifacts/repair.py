@@ -26,6 +26,7 @@ from artifacts.copies import Copies
 from artifacts.digest import canonical_json, digest_bytes, parse_canonical, update_from
 from artifacts.download import wrong_objects
 from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound
+from artifacts.intent import intent
 from artifacts.lease import Lease
 from artifacts.mark import Where, record_key, record_of, unique
 from artifacts.packing import packed_run
@@ -95,14 +96,28 @@ class _Repairer:
         self._store = store
         self._copies = copies
         self._say = say
-        self._bad = {finding.key: finding for finding in result.verification.findings}
-        self._left = set(self._bad)
+        self._bad: dict[str, Finding] = {}
+        self._left: set[str] = set()
         """Keys that nothing was done about yet."""
+        self._restored: set[str] = set()
+        """Outputs of records that were put back: nobody has asked yet what they need."""
         self.result = result
 
     def run(self) -> Repair:
-        if not self._bad:
-            return self.result
+        """Mend what was found, then what only shows now that records and runs are back, until nothing new does."""
+        verification, seen = self.result.verification, set[str]()
+        while new := {f.key: f for f in verification.findings if f.key not in seen}:
+            self._bad, self._left = new, set(new)
+            seen.update(new)
+            self._mend()
+            if self.result.dry_run:
+                break
+            again = verify(self._store, sample=0.0)
+            verification.records = again.records
+            verification.findings += [finding for finding in again.findings if finding.key not in seen]
+        return self.result
+
+    def _mend(self) -> None:
         for finding in list(self._bad.values()):
             if finding.kind == "record":
                 self._mend_record(finding)
@@ -119,7 +134,6 @@ class _Repairer:
                 removed=sorted(self.result.removed),
                 records=sorted({*withdrawn, *self.result.unreadable}),
             )
-        return self.result
 
     def _fixed(self, key: str, source: str) -> None:
         self._left.discard(key)
@@ -156,6 +170,7 @@ class _Repairer:
                 continue  # somebody else was here meanwhile
             self._fixed(key, copy[1])
             self.result.verification.records[where] = record
+            self._restored.add(record.output)
             return
         self.result.unreadable.append(key)
         self._say(f"{key}: no intact copy; its stage runs again when it is needed")
@@ -172,8 +187,12 @@ class _Repairer:
         names = sorted(outputs)
         for start in range(0, len(names), TREES_AT_ONCE):
             for digest, keys in object_keys_of(self._store, names[start : start + TREES_AT_ONCE]):
-                if not isinstance(keys, Damaged) and self._bad.keys().isdisjoint(key for key, _ in keys):
+                known = [] if isinstance(keys, Damaged) else [key for key, _ in keys]
+                if known and digest not in self._restored and self._bad.keys().isdisjoint(known):
                     continue
+                if digest in self._restored and not self.result.dry_run:
+                    with intent(self._store.backend, known, self._store.clock):
+                        pass  # what was being deleted, before anybody knew that it is needed again, is gone now
                 if (reason := self._mend_tree(digest)) is not None:
                     for record in outputs[digest]:
                         self._withdraw(record, reason)
@@ -258,6 +277,7 @@ class _Repairer:
 
     def _withdraw(self, record: Record, reason: str) -> None:
         self.result.withdrawn.append((record, reason))
+        self.result.fixed.pop(record_key(record.stage, record.key), None)
         self._say(f"{record.stage} {record.node} {record.key[:12]}: withdrawn, because {reason}")
         if self.result.dry_run:
             return

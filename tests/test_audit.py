@@ -334,3 +334,39 @@ def test_repair_leaves_roots_that_were_made_anew(made: Made, tmp_path: Path, mon
     assert not done.removed and [name for name, _, _ in made.store.runs()] == [made.run]
     assert [kept.label for kept in pins(made.store)] == ["paper"]
     assert verify(made.store).ok
+
+
+@pytest.mark.parametrize("lost", ["blob", "tree"])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_record_comes_back_only_with_what_it_needs(made: Made, tmp_path: Path, lost: str, copied: bool) -> None:
+    """A record is damaged, and a part of its output is gone, which nobody misses while no record needs it."""
+    other = Store.open(f"{tmp_path}/other")
+    other.put_tree(made.folder / "evaluate")
+    other.commit(made.numbers)
+    output = [object_key("tree", made.numbers.output), object_key("cas", made.files(made.numbers)["table"])]
+    if not copied:
+        for key in output:
+            other.backend.delete(key)
+    key = f"v1/act/evaluate/{made.numbers.key}.json"
+    harm(made.store, key, key, "flip")
+    made.store.backend.delete(output[lost == "blob"])
+    done = repair(made.store, stores=[other])
+    assert verify(made.store).ok
+    if copied:
+        assert done.fixed.keys() == {key, output[lost == "blob"]} and not done.withdrawn
+        made.store.materialise(made.numbers.output, tmp_path / "back")
+    else:
+        assert withdrawn(done) == {"evaluate"} and not done.fixed
+        assert made.store.lookup("evaluate", made.numbers.key) is None
+
+
+def test_what_only_shows_after_a_repair_is_repaired_too(made: Made, tmp_path: Path) -> None:
+    """A run comes back from another store, and names a record that has been lost as well: verification is content."""
+    other = Store.open(f"{tmp_path}/other")
+    key = f"v1/run/{made.run}.json"
+    other.backend.put(key, made.store.backend.get(key).data)
+    harm(made.store, key, key, "flip")
+    made.store.backend.delete(f"v1/act/evaluate/{made.numbers.key}.json")
+    done = repair(made.store, stores=[other])
+    assert done.fixed.keys() == {key} and done.unreadable == [f"v1/act/evaluate/{made.numbers.key}.json"]
+    assert verify(made.store).ok

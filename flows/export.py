@@ -157,7 +157,9 @@ def _make_plain(folder: Path) -> None:
 
 
 def _cost(record: Record) -> dict[str, object]:
+    accepted = {} if record.equivalent is None else {"accepted": record.equivalent}
     return {
+        **accepted,
         "stage": record.stage,
         "key": record.key,
         "output": record.output,
@@ -170,8 +172,12 @@ def _cost(record: Record) -> dict[str, object]:
 
 def _cost_table(graph: Graph, records: dict[str, Record]) -> str:
     rows = []
+    accepted = []
     for node in graph:
         record = records[node.name]
+        if record.equivalent is not None:
+            text = f"{node.name}: {record.equivalent['because']} ({record.equivalent['by']})"
+            accepted.append(f"<li>{html.escape(text)}</li>")
         where = record.environment
         finished = time.strftime("%Y-%m-%d %H:%M", time.gmtime(record.finished))
         device = where.get("accelerator") or where.get("device", "?")
@@ -188,7 +194,9 @@ def _cost_table(graph: Graph, records: dict[str, Record]) -> str:
     total = clock(sum(record.seconds for record in records.values()))
     versions = sorted({f"{k} {v}" for r in records.values() for k, v in r.environment.get("versions", {}).items()})
     head = "".join(f"<th>{name}</th>" for name in ("node", "key", "output", "time", "finished (UTC)", "device", "host"))
+    taken = f"<p>Not run, but accepted by hand as what another run had made:</p><ul>{''.join(accepted)}</ul>"
     return (
         f"<h3>What ran, where, and how long</h3><p>{total} of stage time in all. {html.escape(', '.join(versions))}.</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f"{taken if accepted else ''}"
     )

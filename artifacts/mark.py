@@ -30,12 +30,13 @@ from artifacts.errors import Damaged
 from artifacts.intent import CONDEMNED, INTENTS
 from artifacts.record import Record, is_withdrawn
 from artifacts.store import Store
+from artifacts.trees import parts_of
 
 READ_AT_ONCE = 500
 """Small objects read in one round of concurrent requests."""
 
 SAME_MOMENT_SECONDS = 5.0
-"""A record this young may be withdrawn and made again within one tick of the store's clock: it is always read anew."""
+"""A record or parts list this young may be replaced within one tick of the store's clock: it is always read anew."""
 
 RUN = re.compile(r"v1/run/[0-9a-f]{64}\.json")
 ACTIVE_RUNS = "v1/run/active-"
@@ -100,6 +101,8 @@ class Marks:
     """How many roots of each kind there are: `run`, `active`, `pin`, `intent`, `young`."""
     _producers: dict[bytes, set[Where]] = field(default_factory=dict)
     _read_once: set[str] = field(default_factory=set)
+    _lists: dict[str, Entry] = field(default_factory=dict)
+    """The parts lists that were read, as they were listed then."""
 
     def refresh(self) -> None:
         """Take in everything that is in use now.
@@ -242,11 +245,20 @@ class Marks:
             self.damaged += [f"{key} is missing" for key in sorted(missing)]
 
     def _read_parts(self) -> None:
-        wanted = [e.key for file, e in self.parts.items() if file in self.blobs and e.key not in self._read_once]
-        for key, stored in self.read(wanted):
-            self._read_once.add(key)
+        """Read the lists that are new or changed.
+
+        A writer that packs otherwise replaces a list by one that names other blobs; both are kept then.
+        """
+        fresh = {
+            entry.key: entry
+            for file, entry in self.parts.items()
+            if file in self.blobs
+            and (self._lists.get(entry.key) != entry or entry.modified >= self.now - SAME_MOMENT_SECONDS)
+        }
+        for key, stored in self.read(fresh):
+            self._lists[key] = fresh[key]
             try:
-                self.blobs.update(parts_of(stored.data))
+                self.blobs.update(bytes.fromhex(part.digest) for part in parts_of(stored.data, key[-64:]))
             except ValueError as error:
                 self.damaged.append(f"{key}: {error}")
 
@@ -307,18 +319,6 @@ def files_of(listing: bytes, digest: bytes) -> list[bytes]:
         return [bytes.fromhex(file) for _, _, file in json.loads(listing)]
     except (TypeError, RecursionError) as error:
         raise ValueError("not a listing") from error
-
-
-def parts_of(data: bytes) -> list[bytes]:
-    """The digests of the blobs in a parts list.
-
-    Raises:
-        ValueError: it is not one.
-    """
-    try:
-        return [bytes.fromhex(part) for _, part, *_ in json.loads(data)["parts"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError("not a parts list") from error
 
 
 def unique(prefix: str) -> str:

@@ -3,8 +3,8 @@
 A tree is a canonical JSON list of (path, size, digest of the whole file), named by its own digest. It says nothing of how
 a file is stored. That is one blob, `v1/cas/<digest>`, or, for a large file of which other files hold parts too, a parts
 list, `v1/parts/<digest>`: the sizes and digests of the blobs whose concatenation the file is, some of them packed (see
-`artifacts.packing`). A blob is always named by its own bytes. A parts list is not, so it is believed only once the whole file
-has the digest that the tree names.
+`artifacts.packing`). A blob is always named by its own bytes. A parts list is not: it says of which file it is and carries a
+digest of itself, and what it leads to is believed only once the whole file has the digest that the tree names.
 
 Everything read from a store is hostile until checked: sizes, digests and paths are validated here.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from artifacts.backend import Object
-from artifacts.digest import canonical_json, digest_bytes, is_digest, parse_canonical
+from artifacts.digest import canonical_json, digest_bytes, is_digest, parse_canonical, seal, unseal
 from artifacts.errors import Damaged, StoreError
 from artifacts.packing import MAX_BYTES, WIDTHS
 
@@ -172,10 +172,37 @@ class Part:
         return self.packed or self.size
 
 
-def parts_list(parts: Iterable[Part]) -> bytes:
-    """The bytes of the object that says which blobs a file consists of."""
+def parts_list(file: str, parts: Iterable[Part]) -> bytes:
+    """The bytes of the object that says which blobs the file of this digest consists of."""
     rows = [[part.size, part.digest, *([part.packed, part.width] if part.packed else [])] for part in parts]
-    return canonical_json({"parts": rows})
+    return seal({"file": file, "parts": rows})
+
+
+def parts_of(data: bytes, file: str) -> tuple[Part, ...]:
+    """The parts in the parts list of the file of this digest.
+
+    Raises:
+        ValueError: it is not one: a collection that believed it would delete the blobs that the right one names.
+    """
+    if len(data) > MAX_PARTS_BYTES:
+        raise ValueError(f"{len(data)} bytes, expected at most {MAX_PARTS_BYTES}")
+    if not data.startswith(b'{"check":'):
+        raise ValueError("not a parts list, or one without its check")
+    body = unseal(data)
+    if body.keys() != {"file", "parts"} or not isinstance(body["parts"], list):
+        raise ValueError("expected the fields 'file' and 'parts'")
+    if body["file"] != file:
+        raise ValueError(f"it is that of the file {str(body['file'])[:12]!r}, expected {file[:12]}")
+    parts, offset = [], 0
+    for row in body["parts"]:
+        if not isinstance(row, list) or len(row) not in (2, 4):
+            raise ValueError("a part is not a size, a digest and, if packed, two numbers")
+        size, digest, *packing = row
+        if type(size) is not int or not 0 < size <= MAX_FILE_BYTES or not is_digest(digest):
+            raise ValueError("bad size or digest")
+        parts.append(Part(offset, size, digest, *_packing(size, packing)))
+        offset += size
+    return tuple(parts)
 
 
 def read_parts(stored: Object, file: File, tree: str, url: str) -> tuple[Part, ...]:
@@ -185,22 +212,12 @@ def read_parts(stored: Object, file: File, tree: str, url: str) -> tuple[Part, .
         Damaged: it is not a parts list, or not of a file of this size.
     """
     try:
-        if len(stored.data) > MAX_PARTS_BYTES:
-            raise ValueError(f"{len(stored.data)} bytes, expected at most {MAX_PARTS_BYTES}")
-        parts, offset = [], 0
-        body = parse_canonical(stored.data)
-        if body.keys() != {"parts"}:
-            raise ValueError("expected the one field 'parts'")
-        for size, digest, *packing in body["parts"]:
-            if type(size) is not int or not 0 < size <= MAX_FILE_BYTES or not is_digest(digest):
-                raise ValueError("bad size or digest")
-            parts.append(Part(offset, size, digest, *_packing(size, packing)))
-            offset += size
-        if offset != file.size:
-            raise ValueError(f"the parts have {offset} bytes, the file {file.size}")
-    except (ValueError, TypeError, AttributeError) as error:
+        parts = parts_of(stored.data, file.digest)
+        if (size := sum(part.size for part in parts)) != file.size:
+            raise ValueError(f"the parts have {size} bytes, the file {file.size}")
+    except ValueError as error:
         raise Damaged(f"the parts list of {file.path} in {url} is not valid: {error}", tree=tree) from error
-    return tuple(parts)
+    return parts
 
 
 def _packing(size: int, packing: list[object]) -> tuple[int, int]:

@@ -189,7 +189,7 @@ class _Upload:
                     self._send(lanes, window)
                     window, size = [], 0
             tree = Tree.of(File(source.path, source.size, source.digest) for source in self._sources)
-            papers = {object_key("parts", s.digest): parts_list(s.parts) for s in self._sources if s.cuts}
+            papers = {object_key("parts", s.digest): parts_list(s.digest, s.parts) for s in self._sources if s.cuts}
             papers[object_key("tree", tree.digest)] = tree.listing
             if max(map(len, papers.values())) > MAX_OBJECT_BYTES:
                 raise StoreError(f"the output has {len(tree.files)} files: its listing is larger than a store may hold")

@@ -16,7 +16,7 @@ from artifacts.errors import Damaged, StoreError
 from artifacts.intent import CONDEMNED, read_condemned
 from artifacts.keep import read_pin
 from artifacts.lease import Lease
-from artifacts.mark import files_of, parts_of
+from artifacts.mark import files_of
 from artifacts.memory import MemoryBackend
 from artifacts.packing import pack, unpack
 from artifacts.pending import INDEX, Pending, read_index, read_shard
@@ -25,7 +25,7 @@ from artifacts.scratch import Attempt
 from artifacts.store import Store, new_record, parse_run
 from artifacts.tables import read_table, write_table
 from artifacts.trail import TRAIL, read_trail
-from artifacts.trees import File, Part, parts_list, read_parts, read_tree
+from artifacts.trees import File, Part, parts_list, parts_of, read_parts, read_tree
 from flows.experiment import ConfigError, load_experiment
 from flows.export import LISTING, ExportError, check_report_folder
 from flows.hints import Hints
@@ -45,6 +45,7 @@ RECORD = new_record(
 )  # fmt: skip
 NAME = "000000005-0123456789ab"
 LARGE = 4 << 20
+TWO_PARTS = [Part(0, LARGE // 4, DIGEST), Part(LARGE // 4, 3 * LARGE // 4, KEY)]
 
 
 def backend_with(key: str, data: bytes) -> MemoryBackend:
@@ -70,7 +71,7 @@ def tree(data: bytes) -> None:
 def parts(data: bytes) -> None:
     """The parts fill the file."""
     found = read_parts(Object(data, ""), File("a", LARGE, DIGEST), DIGEST, "memory://")
-    assert sum(part.size for part in found) == LARGE and parts_list(found) == data
+    assert sum(part.size for part in found) == LARGE and parts_list(DIGEST, found) == data
 
 
 def lease(data: bytes) -> None:
@@ -236,8 +237,8 @@ PARSERS: dict[str, Parser] = {
     "record without check": (record, (Damaged,), canonical_json(FIELDS)),
     "tree": (tree, (Damaged,), canonical_json(ROWS)),
     "tree, for marking": (lambda d: files_of(d, bytes.fromhex(digest_bytes(d))), (ValueError,), canonical_json(ROWS)),
-    "parts list": (parts, (Damaged,), parts_list([Part(0, LARGE // 4, DIGEST), Part(LARGE // 4, 3 * LARGE // 4, KEY)])),
-    "parts list, for marking": (parts_of, (ValueError,), parts_list([Part(0, LARGE, DIGEST)])),
+    "parts list": (parts, (Damaged,), parts_list(DIGEST, TWO_PARTS)),
+    "parts list, for marking": (lambda d: parts_of(d, DIGEST), (ValueError,), parts_list(DIGEST, TWO_PARTS)),
     "run": (parse_run, (ValueError,), canonical_json(RUN)),
     "list of runs": (runs, (), canonical_json(RUN)),
     "lease": (lease, (), canonical_json({**HELD, "time_to_live": 30.0})),

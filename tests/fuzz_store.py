@@ -34,7 +34,7 @@ def _filled() -> dict[str, bytes]:
     cut = [Part(0, 1 << 20, digest_bytes(LARGE[: 1 << 20])), Part(1 << 20, 5, digest_bytes(b"large"))]
     for part in cut:
         backend.put(object_key("cas", part.digest), LARGE[part.offset : part.offset + part.size])
-    backend.put(object_key("parts", file), parts_list(cut))
+    backend.put(object_key("parts", file), parts_list(file, cut))
     backend.delete(object_key("cas", file))
     record = new_record(stage="toy", key=KEY, payload=PAYLOAD, output=tree.digest, size=tree.size, finished=1.0)
     store.commit(record)

@@ -114,27 +114,30 @@ def test_a_size_that_is_a_lie(size: int, store: Store, tmp_path: Path) -> None:
 
 
 LARGE = 2 << 20
+FILE = "f" * 64
+HALVES = [[LARGE // 2, "a" * 64], [LARGE // 2, "b" * 64]]
 PARTS: dict[str, bytes] = {
     **MALFORMED,
-    "no parts": canonical_json({"parts": []}),
-    "a negative part": canonical_json({"parts": [[LARGE + 3, BLOB], [-3, BLOB]]}),
-    "an empty part": canonical_json({"parts": [[0, BLOB], [LARGE, BLOB]]}),
-    "a huge part": canonical_json({"parts": [[10**18, BLOB]]}),
-    "parts that are too few": canonical_json({"parts": [[3, BLOB]]}),
-    "a part that is the file": canonical_json({"parts": [[LARGE, "f" * 64]]}),
-    "parts of parts": canonical_json({"parts": [{"parts": []}]}),
-    "another field": canonical_json({"more": 1, "parts": [[LARGE, BLOB]]}),
-    "a digest with a path": canonical_json({"parts": [[LARGE, "../" * 21 + "x"]]}),
-    "wrong blobs of the right sizes": canonical_json({"parts": [[LARGE // 2, "a" * 64], [LARGE // 2, "b" * 64]]}),
+    "no parts": seal({"file": FILE, "parts": []}),
+    "a negative part": seal({"file": FILE, "parts": [[LARGE + 3, BLOB], [-3, BLOB]]}),
+    "an empty part": seal({"file": FILE, "parts": [[0, BLOB], [LARGE, BLOB]]}),
+    "a huge part": seal({"file": FILE, "parts": [[10**18, BLOB]]}),
+    "parts that are too few": seal({"file": FILE, "parts": [[3, BLOB]]}),
+    "a part that is the file": seal({"file": FILE, "parts": [[LARGE, "f" * 64]]}),
+    "parts of parts": seal({"file": FILE, "parts": [{"parts": []}]}),
+    "another field": seal({"file": FILE, "more": 1, "parts": [[LARGE, BLOB]]}),
+    "a digest with a path": seal({"file": FILE, "parts": [[LARGE, "../" * 21 + "x"]]}),
+    "wrong blobs of the right sizes": seal({"file": FILE, "parts": HALVES}),
+    "a list without its check": canonical_json({"file": FILE, "parts": HALVES}),
+    "the list of another file": seal({"file": "e" * 64, "parts": HALVES}),
 }
 
 
 @pytest.mark.parametrize("harm", PARTS)
 def test_hostile_parts_list(harm: str, store: Store, tmp_path: Path) -> None:
     """A parts list that is not one, or whose parts are not the file, is damage of the tree, and leaves no file."""
-    file = "f" * 64
-    digest = put_listing(store, tree([row("a", LARGE, file)]))
-    store.backend.put(object_key("parts", file), PARTS[harm])
+    digest = put_listing(store, tree([row("a", LARGE, FILE)]))
+    store.backend.put(object_key("parts", FILE), PARTS[harm])
     for blob in ("a", "b"):
         store.backend.put(object_key("cas", blob * 64), bytes(LARGE // 2))
     with pytest.raises(Damaged) as caught:

@@ -36,7 +36,7 @@ def put_bomb(store: Store, parts: int) -> tuple[str, int]:
     assert blob is not None and len(blob) < 10_000
     store.backend.put(object_key("cas", digest_bytes(blob)), blob)
     file, rows = "f" * 64, [[MAX_BYTES, digest_bytes(blob), len(blob), 4]] * parts
-    store.backend.put(object_key("parts", file), canonical_json({"parts": rows}))
+    store.backend.put(object_key("parts", file), seal({"file": file, "parts": rows}))
     return put_listing(store, tree([row("a", MAX_BYTES * parts, file)])), MAX_BYTES * parts
 
 

@@ -21,7 +21,7 @@ import pytest
 
 from artifacts import tensors, upload
 from artifacts.audit import verify
-from artifacts.digest import canonical_json, digest_bytes
+from artifacts.digest import digest_bytes, seal
 from artifacts.errors import Damaged, StoreUnavailable
 from artifacts.packing import pack, unpack
 from artifacts.record import payload_key
@@ -315,7 +315,7 @@ def test_damaged_parts_are_never_handed_out(store: Store, tmp_path: Path, harm: 
     }
     store.backend.delete(victim if harm in ("flip", "delete", "cut") else paper)
     if harm in new_list:
-        store.backend.put(paper, canonical_json(new_list[harm]))
+        store.backend.put(paper, seal({"file": paper[-64:], **new_list[harm]}))
     elif harm != "delete":
         store.backend.put(victim, good[:-1] if harm == "cut" else b"\0" + good[1:])
     with pytest.raises(Damaged) as caught:
@@ -366,7 +366,7 @@ def test_damaged_packed_parts_are_never_handed_out(store: Store, tmp_path: Path,
             "bomb": [1 << 40, digest, packed, 4],
             "not packed": [packed, digest],
         }[harm]
-        store.backend.put(paper, canonical_json({"parts": rows}))
+        store.backend.put(paper, seal({"file": paper[-64:], "parts": rows}))
     with pytest.raises(Damaged):
         store.materialise(record.output, tmp_path / "back")
     assert not contents(tmp_path / "back")

@@ -32,13 +32,14 @@ from artifacts.packing import unpack
 from artifacts.record import Record, is_withdrawn
 from artifacts.store import Store
 from artifacts.trees import File, Part, object_key, read_parts, read_tree
+from artifacts.unreadable import NOT_READ, tolerant
 
 AT_ONCE = 8
 READ_AT_ONCE = 500
 JOBS_AT_ONCE = 500
 WRONG_BYTES = "does not match its digest"
 WRONG_WHOLE = "its parts are intact, but do not make up the file that it is of"
-CONTENT = (WRONG_BYTES, WRONG_WHOLE)
+CONTENT = (WRONG_BYTES, WRONG_WHOLE, NOT_READ)
 """Problems that only reading to the last byte shows."""
 
 Progress = Callable[[int, int], None]
@@ -110,8 +111,8 @@ class _Job:
 
 class _Verifier:
     def __init__(self, store: Store, sample: float, seed: int, progress: Progress) -> None:
-        self._store = store
-        self._backend: Backend = store.backend
+        self._store, self._tolerant = tolerant(store)
+        self._backend: Backend = self._tolerant
         self._seed = seed
         self._progress = progress
         self.result = Verification(sample)
@@ -147,12 +148,12 @@ class _Verifier:
         kept = {}
         for finding in self.result.findings:
             name = (finding.kind, finding.key)
-            if name in still or (finding.problem in CONTENT and there[finding.key] is not None):
+            if name in still or (finding.problem.startswith(CONTENT) and there[finding.key] is not None):
                 kept.setdefault(name, finding)
         self.result.findings = list(kept.values())
 
     def _found(self, kind: str, key: str, problem: str) -> None:
-        self.result.findings.append(Finding(kind, key, problem))
+        self.result.findings.append(Finding(kind, key, self._tolerant.unreadable.get(key, problem)))
 
     def _count(self, kind: str, size: int) -> None:
         self.result.checked.setdefault(kind, Tally()).add(size)
@@ -311,6 +312,8 @@ class _Verifier:
                         return None
                 except NotFound:
                     return "is missing"
+                except Damaged as error:
+                    return str(error)
             return WRONG_BYTES
         finally:
             copy.unlink(missing_ok=True)

@@ -23,6 +23,15 @@ class NotSupported(StoreUnavailable):
     """The store says that it does not implement what was asked of it."""
 
 
+class Unreadable(StoreUnavailable):
+    """A local store has this object, and the disk or its permissions do not let it be read."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        """What the system says."""
+
+
 class Damaged(StoreError):
     """Stored bytes are missing or are not what their name or record says they are."""
 

@@ -24,13 +24,15 @@ from blake3 import blake3
 
 from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, get_each, local_file, write_at, wrong_size
 from artifacts.digest import digest_bytes, digest_file
-from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
+from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge, Unreadable
 
 TEMPORARY = ".tmp"
 FILE_MODE = 0o644
 FOLDER_MODE = 0o755
 """Whatever the umask, only the owner writes: who can write into a store decides what its readers load."""
 CHUNK_BYTES = 1 << 20
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+"""What reading one object fails with when that object is the trouble: its permissions, or the disk below it."""
 LOCK_SECONDS = 20.0
 """Longest wait for another process's compare-and-swap, which takes milliseconds when that process runs."""
 LEFTOVER_SECONDS = 86400.0
@@ -297,6 +299,9 @@ class LocalBackend:
                 raise StoreUnavailable(self._explain(key, verb, error)) from error
             raise NotFound(f"{key} in {self.url}") from error
         except OSError as error:
+            if verb == "read" and error.errno in UNREADABLE:
+                reason = error.strerror or str(error)
+                raise Unreadable(self._explain(key, verb, error), reason) from error
             raise StoreUnavailable(self._explain(key, verb, error)) from error
 
     def _explain(self, key: str, verb: str, error: OSError) -> str:

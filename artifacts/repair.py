@@ -34,6 +34,7 @@ from artifacts.record import MAX_RECORD_BYTES, Record, is_withdrawn
 from artifacts.store import Store
 from artifacts.trail import PINS, note
 from artifacts.trees import File, Part, Tree, object_key, object_keys_of, read_parts, read_tree, stored_parts
+from artifacts.unreadable import Tolerant, tolerant
 
 TREES_AT_ONCE = 200
 
@@ -85,15 +86,19 @@ def repair(
 ) -> Repair:
     """Verify everything, and repair what is damaged from copies in `folders` and `stores`."""
     say("reading everything in the store")
+    store, backend = tolerant(store)
     found = verify(store, progress=progress)
     with tempfile.TemporaryDirectory() as scratch:
-        work = _Repairer(store, Copies(folders, stores, Path(scratch)), Repair(dry_run, found), say)
-        return work.run()
+        copies = Copies(folders, [tolerant(other)[0] for other in stores], Path(scratch))
+        return _Repairer(store, backend, copies, Repair(dry_run, found), say).run()
 
 
 class _Repairer:
-    def __init__(self, store: Store, copies: Copies, result: Repair, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, store: Store, backend: Tolerant, copies: Copies, result: Repair, say: Callable[[str], None]
+    ) -> None:
         self._store = store
+        self._tolerant = backend
         self._copies = copies
         self._say = say
         self._bad: dict[str, Finding] = {}
@@ -153,6 +158,9 @@ class _Repairer:
         self._left.discard(key)
         while where is not None:
             stored = backend.get_many([key], limit=MAX_RECORD_BYTES)[key]
+            if stored is not None and key in self._tolerant.unreadable and not self.result.dry_run:
+                self._remove_unreadable(key)
+                continue
             if stored is not None and is_withdrawn(stored.data):
                 break
             if stored is not None and (made := _record_in(stored, where)) is not None:
@@ -176,6 +184,16 @@ class _Repairer:
         self._say(f"{key}: no intact copy; its stage runs again when it is needed")
         if where is not None and not self.result.dry_run:
             self._store.withdraw_damaged(*where, finding.problem)
+
+    def _remove_unreadable(self, key: str) -> None:
+        """Make room where nothing can be compared and swapped, because what is there cannot be read."""
+        remove_damaged(self._tolerant, [key], self._is_unreadable, self._store.clock, spare_announced=False)
+        self._tolerant.unreadable.pop(key, None)
+
+    def _is_unreadable(self, key: str) -> bool:
+        self._tolerant.unreadable.pop(key, None)
+        self._tolerant.get_many([key])
+        return key in self._tolerant.unreadable
 
     # Outputs
 
@@ -341,6 +359,8 @@ class _Repairer:
                 return backend.get_file(key, copy) != digest
             except NotFound:
                 return False
+            except Damaged:
+                return True
             finally:
                 copy.unlink(missing_ok=True)
         stored = backend.get_many([key])[key]
@@ -356,12 +376,15 @@ class _Repairer:
         checkpoints = StoredCheckpoints(backend, stage_key, 0)
         if self.result.dry_run:
             return
-        lease = Lease(backend, stage_key, last_fence=checkpoints.stored_fence)
+        lost = self._is_unreadable(key)
+        lease = Lease(backend, stage_key, last_fence=(lambda: 0) if lost else checkpoints.stored_fence)
         if not lease.try_acquire():
             self.result.removed[key] = "left to the worker that is running its stage"
             return
         try:
             checkpoints.fence = lease.fence
+            if lost:
+                backend.delete(key)
             checkpoints.keep_intact(self._copies.scratch)
         except LeaseLost:
             self.result.removed[key] = "left to the worker that is running its stage"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from artifacts.audit import verify
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.digest import digest_bytes
+from artifacts.errors import StoreUnavailable
 from artifacts.keep import pin, pins, unpin
 from artifacts.record import Record, payload_key
 from artifacts.repair import Repair, repair
@@ -370,3 +373,65 @@ def test_what_only_shows_after_a_repair_is_repaired_too(made: Made, tmp_path: Pa
     done = repair(made.store, stores=[other])
     assert done.fixed.keys() == {key} and done.unreadable == [f"v1/act/evaluate/{made.numbers.key}.json"]
     assert verify(made.store).ok
+
+
+@pytest.fixture
+def sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a store on a disk that cannot read what `wear_out` was called with."""
+    really_open = os.open
+
+    def open_or_fail(path, *arguments, **options):
+        if str(path).startswith(str(tmp_path / "store")) and os.path.isfile(path) and os.stat(path).st_mtime == 1:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_or_fail)
+    (tmp_path / "made").mkdir()
+    return tmp_path / "store"
+
+
+def wear_out(folder: Path, key: str) -> None:
+    """Have the disk fail to read this object; one that is put in its place can be read."""
+    os.utime(folder / key, (1, 1))
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("kind", ["record", "tree", "blob", "run", "checkpoint"])
+def test_an_object_that_the_disk_cannot_read_is_damaged(sectors: Path, tmp_path: Path, kind: str, copied: bool) -> None:
+    """It is named with the reason, everything else is checked, and repair puts it back or does without it."""
+    made = Made(Store.open(str(sectors)), tmp_path / "made")
+    other = Store.open(f"{tmp_path}/other")
+    if copied:
+        for entry in made.store.backend.list("v1/"):
+            other.backend.put(entry.key, made.store.backend.get(entry.key).data)
+    checked = verify(made.store).checked
+    key = {"record": f"v1/act/evaluate/{made.numbers.key}.json", "checkpoint": f"v1/wip/{'c' * 64}/LATEST"}.get(kind)
+    parts = {"tree": made.numbers.output, "cas": made.files(made.numbers)["table"]}
+    key = (
+        key or {k: object_key(k, d) for k, d in parts.items()}.get(kind.replace("blob", "cas")) or made.objects(kind)[0]
+    )
+    wear_out(sectors, key)
+    with pytest.raises(StoreUnavailable, match="Input/output error"):
+        made.store.backend.get(key)
+    found = verify(made.store)
+    [finding] = [finding for finding in found.findings if finding.key == key]
+    assert "Input/output error" in finding.problem
+    assert found.checked["blob"].objects == checked["blob"].objects
+    done = repair(made.store, stores=[other])
+    assert verify(made.store).ok
+    if copied and kind != "checkpoint":
+        assert done.fixed.keys() == {key} and not done.withdrawn and not done.unreadable
+    else:
+        assert not done.fixed and len(done.withdrawn) + len(done.unreadable) == (kind in ("record", "tree", "blob"))
+
+
+def test_a_disk_that_reads_nothing_has_no_damage(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that does not answer ends verification and repair: nothing is known of what it holds."""
+
+    def no_answer(*arguments, **options):
+        raise StoreUnavailable("the disk is gone")
+
+    monkeypatch.setattr(made.store.backend, "get_many", no_answer)
+    for look in (verify, repair):
+        with pytest.raises(StoreUnavailable):
+            look(made.store)

@@ -26,7 +26,7 @@ from artifacts.audit_roots import check_roots
 from artifacts.backend import Backend
 from artifacts.digest import update_from
 from artifacts.download import READINGS
-from artifacts.errors import Damaged, NotFound
+from artifacts.errors import Damaged, NewerFormat, NotFound
 from artifacts.mark import Tally, Where, by_digest, record_of
 from artifacts.packing import unpack
 from artifacts.record import Record, is_withdrawn
@@ -75,6 +75,8 @@ class Verification:
     """Trees that a record was made from and that are not there any more. That is no damage."""
     records: dict[Where, Record] = field(default_factory=dict)
     """Every readable record, without what only people read, for a repair."""
+    newer: dict[Where, str] = field(default_factory=dict)
+    """Records of a newer version of this program, which no repair may touch, and what to say of each."""
 
     @property
     def ok(self) -> bool:
@@ -133,7 +135,9 @@ class _Verifier:
         self._check_records()
         self._check_trees()
         self._check_parts_lists()
-        for kind, key, problem in check_roots(self._store, self.result.records, self._count):
+        for kind, key, problem in check_roots(
+            self._store, self.result.records.keys() | self.result.newer.keys(), self._count
+        ):
             self._found(kind, key, problem)
         return self._check_presence()
 
@@ -178,6 +182,9 @@ class _Verifier:
                 self.result.records[where] = replace(record, payload=slim, symbols={}, environment={})
             except Damaged as error:
                 self._found("record", key, str(error))
+            except NewerFormat as error:
+                self._found("record", key, str(error))
+                self.result.newer[where] = str(error)
 
     def _check_trees(self) -> None:
         """Read every tree; those that are the output of a record have to be there."""

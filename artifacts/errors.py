@@ -43,6 +43,10 @@ class Damaged(StoreError):
         """(stage, key) of the action record that cannot be read, when it is one: see `Store.withdraw_damaged`."""
 
 
+class NewerFormat(StoreError):
+    """A newer version of this program wrote this. It is intact, so nothing may be withdrawn or removed for it."""
+
+
 class TooLarge(Damaged):
     """A stored object is longer than anything that belongs there, and was not read into memory."""
 

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from artifacts.digest import canonical_json, digest_bytes, is_digest, seal, unseal
-from artifacts.errors import Damaged
+from artifacts.errors import Damaged, NewerFormat
 
 ALGORITHM = 2
 """Number of the key algorithm; part of every key."""
+SCHEMA = 1
+"""Number of the form in which records are stored."""
 MAX_RECORD_BYTES = 4 << 20
 WITHDRAWN = b"withdrawn "
 """What stands in the place of a record that was withdrawn begins so; the key of the note with the reason follows."""
@@ -51,7 +53,7 @@ class Record:
 
     def encode(self) -> bytes:
         """JSON bytes of the record."""
-        return seal({"schema": 1, **{name: value for name, value in asdict(self).items() if value is not None}})
+        return seal({"schema": SCHEMA, **{name: value for name, value in asdict(self).items() if value is not None}})
 
     @staticmethod
     def decode(data: bytes, stage: str, key: str) -> Record:
@@ -59,6 +61,7 @@ class Record:
 
         Raises:
             Damaged: the bytes are not a record, or are the record of something else.
+            NewerFormat: they are intact, and of a schema that this version does not know.
         """
         where = f"action record v1/act/{stage}/{key}.json"
         this = (stage, key)
@@ -66,7 +69,12 @@ class Record:
             raise Damaged(f"{where}: {len(data)} bytes, expected at most {MAX_RECORD_BYTES}", record=this)
         try:
             fields = unseal(data)
-            if fields.pop("schema") != 1:
+            if (schema := fields.pop("schema")) != SCHEMA:
+                if type(schema) is int and schema > SCHEMA and b'"check":' in data:
+                    raise NewerFormat(
+                        f"{where} was written by a newer version of this program (schema {schema}; this one knows "
+                        f"{SCHEMA}); update this one, or name another store with --store"
+                    )
                 raise ValueError("unknown schema")
             record = Record(**fields)
             record._check()

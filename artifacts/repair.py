@@ -25,7 +25,7 @@ from artifacts.condemned import remove_damaged
 from artifacts.copies import Copies
 from artifacts.digest import canonical_json, digest_bytes, parse_canonical, update_from
 from artifacts.download import wrong_objects
-from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound
+from artifacts.errors import Conflict, Damaged, LeaseLost, NewerFormat, NotFound
 from artifacts.intent import intent
 from artifacts.lease import Lease
 from artifacts.mark import Where, record_key, record_of, unique
@@ -114,11 +114,14 @@ class _Repairer:
         while new := {f.key: f for f in verification.findings if f.key not in seen}:
             self._bad, self._left = new, set(new)
             seen.update(new)
+            if verification.newer:
+                # What their outputs need is not known, so nothing is known to be of no use.
+                raise NewerFormat(next(iter(verification.newer.values())))
             self._mend()
             if self.result.dry_run:
                 break
             again = verify(self._store, sample=0.0)
-            verification.records = again.records
+            verification.records, verification.newer = again.records, again.newer
             verification.findings += [finding for finding in again.findings if finding.key not in seen]
         return self.result
 

@@ -18,7 +18,7 @@ from artifacts.clock import SYSTEM, Clock
 from artifacts.condemned import remove_damaged
 from artifacts.digest import canonical_json, digest_bytes, is_digest, unseal
 from artifacts.download import download, read_file, wrong_objects
-from artifacts.errors import Conflict, Damaged, NotFound, StoreError, TooLarge
+from artifacts.errors import Conflict, Damaged, NewerFormat, NotFound, StoreError, TooLarge
 from artifacts.intent import intent
 from artifacts.probe import check
 from artifacts.record import MAX_RECORD_BYTES, WITHDRAWN, Record, is_stage, is_withdrawn
@@ -242,7 +242,7 @@ class Store:
                 continue
             try:
                 yield Record.decode(stored.data, stage, key)
-            except Damaged:
+            except (Damaged, NewerFormat):
                 continue
 
     # Runs

@@ -13,8 +13,8 @@ import pytest
 
 from artifacts.audit import verify
 from artifacts.checkpoints import StoredCheckpoints
-from artifacts.digest import digest_bytes
-from artifacts.errors import StoreUnavailable
+from artifacts.digest import digest_bytes, seal, unseal
+from artifacts.errors import NewerFormat, StoreUnavailable
 from artifacts.keep import pin, pins, unpin
 from artifacts.record import Record, payload_key
 from artifacts.repair import Repair, repair
@@ -435,3 +435,27 @@ def test_a_disk_that_reads_nothing_has_no_damage(made: Made, monkeypatch: pytest
     for look in (verify, repair):
         with pytest.raises(StoreUnavailable):
             look(made.store)
+
+
+def test_a_record_of_a_newer_version_is_left_alone(made: Made) -> None:
+    """It says that this program has to be updated, and neither a run nor a repair takes it away."""
+    key = f"v1/act/evaluate/{made.numbers.key}.json"
+    body = {**unseal(made.store.backend.get(key).data), "schema": 2, "more": 1}
+    made.store.backend.put(key, seal(body))
+    blob = object_key("cas", made.files(made.numbers)["table"])
+    harm(made.store, blob, blob, "flip")
+    before = {entry.key: entry for entry in made.store.backend.list("v1/")}
+    where = ("evaluate", made.numbers.key)
+    for look in (
+        lambda: made.store.lookup(*where),
+        lambda: made.store.lookup_many([where], {}),
+        lambda: made.store.withdraw_damaged(*where, "not a record"),
+        lambda: repair(made.store),
+    ):
+        with pytest.raises(NewerFormat, match="newer version.*update"):
+            look()
+    assert list(made.store.records("evaluate")) == []
+    assert [f.problem for f in verify(made.store).findings if f.key == key and "newer version" in f.problem]
+    assert {entry.key: entry for entry in made.store.backend.list("v1/")} == before
+    harm(made.store, key, key, "flip")
+    assert repair(made.store).unreadable == [key]

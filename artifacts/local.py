@@ -8,6 +8,7 @@ that is merely stopped costs the others an error after `LOCK_SECONDS`, never an 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -17,12 +18,23 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 from blake3 import blake3
 
-from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, get_each, local_file, write_at, wrong_size
+from artifacts.backend import (
+    MAX_OBJECT_BYTES,
+    Entry,
+    Object,
+    Progress,
+    check_named,
+    get_each,
+    local_file,
+    write_at,
+    wrong_size,
+)
 from artifacts.digest import digest_bytes, digest_file
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge, Unreadable
 
@@ -38,6 +50,19 @@ LOCK_SECONDS = 20.0
 LEFTOVER_SECONDS = 86400.0
 """Age at which a temporary file is taken for one that a killed process left behind."""
 
+_locks: set[FileIO] = set()
+"""The files by which compare-and-swaps of this process hold their locks."""
+
+
+def _after_fork() -> None:
+    """A lock lasts as long as anyone has its file open: a child must not hold it when this process is long gone."""
+    for lock in _locks:
+        lock.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
 
 class LocalBackend:
     """Objects as files under `root`; the key is the relative path."""
@@ -48,6 +73,8 @@ class LocalBackend:
         if os.path.exists(self.root) and not os.path.isdir(self.root):
             raise StoreError(f"the store {self.url} is a file; expected a folder, or the name of one to be made")
         self._swept = False
+        self._lasting: set[Path] = set()
+        """Folders whose entry in the folder above is synced."""
 
     def get(self, key: str, *, limit: int = MAX_OBJECT_BYTES) -> Object:
         with self._errors(key, "read"), self._open(key) as source:
@@ -84,11 +111,14 @@ class LocalBackend:
             try:
                 with open(path, "rb") as source, _create(temporary) as file:
                     source.seek(offset)
+                    hasher = blake3()
                     for chunk in _chunks(source, size):
                         file.write(chunk)
+                        hasher.update(chunk)
                         if progress is not None:
                             progress(len(chunk))
                     file.flush()
+                    check_named(key, hasher.hexdigest(), path)
                     os.fchmod(file.fileno(), 0o444)
                     os.fsync(file.fileno())
                 self._publish(temporary, self._path(key), replace=True)
@@ -111,7 +141,7 @@ class LocalBackend:
             if offset is None and self._link(key, path):
                 if progress is not None:
                     progress(length)
-                return digest_file(path)
+                return self._digest_of_link(key, path)
             # Never truncates what is there: it may be a link to an object.
             with local_file(path):
                 file = os.open(path, os.O_WRONLY | os.O_CREAT, FILE_MODE)
@@ -130,14 +160,28 @@ class LocalBackend:
 
     def _link(self, key: str, path: Path) -> bool:
         """Make `path` another name of the object, which is read-only; False where the file system cannot."""
-        path.unlink(missing_ok=True)
+        with local_file(path):
+            path.unlink(missing_ok=True)
+        source = self._path(key)
         try:
-            os.link(self._path(key), path)
+            os.link(source, path)
         except OSError as error:
             if error.errno == errno.ENOENT:
+                if source.exists():
+                    with local_file(path):
+                        raise
                 raise
             return False
         return True
+
+    def _digest_of_link(self, key: str, path: Path) -> str:
+        try:
+            return digest_file(path)
+        except FileNotFoundError:
+            with local_file(path):
+                raise
+        except EOFError as error:
+            raise Damaged(f"{key} in the store {self.url} became shorter while it was read") from error
 
     def size(self, key: str) -> int | None:
         try:
@@ -245,7 +289,7 @@ class LocalBackend:
         return folder / uuid.uuid4().hex
 
     def _publish(self, temporary: Path, target: Path, *, replace: bool) -> None:
-        make_folders(target.parent)
+        self._make_folders(target.parent)
         if replace:
             os.replace(temporary, target)
         else:
@@ -253,19 +297,22 @@ class LocalBackend:
                 os.link(temporary, target)
             except FileExistsError as error:
                 raise Conflict(f"{target.relative_to(self.root)} already exists in {self.url}") from error
-        self._sync_folder(target)
+        _sync(target.parent)
 
-    def _sync_folder(self, target: Path) -> None:
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    def _make_folders(self, folder: Path) -> None:
+        """Make a folder below the root whose name outlasts a power cut, even if who made it died before it had seen to that."""
+        make_folders(folder)
+        while folder not in self._lasting:
+            _sync_if_readable(folder.parent)
+            self._lasting.add(folder)
+            if folder == self.root:
+                return
+            folder = folder.parent
 
     def _swap(self, key: str, temporary: Path, if_match: str) -> None:
         target = self._path(key)
         guard = self.root / TEMPORARY / f"swap-{digest_bytes(key.encode())[:2]}.lock"
-        with open(os.open(guard, os.O_WRONLY | os.O_CREAT, FILE_MODE), "ab") as lock:
+        with open(os.open(guard, os.O_WRONLY | os.O_CREAT, FILE_MODE), "ab", buffering=0) as lock, _own(lock):
             self._lock(lock.fileno(), key)
             try:
                 current = digest_file(target)
@@ -274,7 +321,7 @@ class LocalBackend:
             if current != if_match:
                 raise Conflict(f"{key} in {self.url} changed since it was read")
             os.replace(temporary, target)
-        self._sync_folder(target)
+        _sync(target.parent)
 
     def _lock(self, descriptor: int, key: str) -> None:
         deadline = time.monotonic() + LOCK_SECONDS
@@ -317,12 +364,42 @@ class LocalBackend:
 
 
 def make_folders(folder: Path) -> None:
-    """Make a folder and those above it that are missing, writable by their owner alone."""
+    """Make a folder and those above it that are missing, writable by their owner alone, and sync the names of the new ones."""
+    if folder.is_dir():
+        return
     try:
         folder.mkdir(FOLDER_MODE, exist_ok=True)
     except FileNotFoundError:
         make_folders(folder.parent)
         folder.mkdir(FOLDER_MODE, exist_ok=True)
+    _sync_if_readable(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_if_readable(folder: Path) -> None:
+    with contextlib.suppress(PermissionError):
+        _sync(folder)
+
+
+@contextmanager
+def _own(lock: FileIO) -> Iterator[None]:
+    """For the length of the block `lock` may hold a lock, which no forked process shares."""
+    _locks.add(lock)
+    try:
+        yield
+    finally:
+        # To close the file is not enough: a process that is forked in this moment has it open, too.
+        if not lock.closed:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        _locks.discard(lock)
 
 
 def _create(path: Path) -> BinaryIO:

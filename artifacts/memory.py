@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, get_each, wrong_size
+from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, check_named, get_each, wrong_size
 from artifacts.digest import digest_bytes
 from artifacts.errors import Conflict, NotFound, TooLarge
 
@@ -60,6 +60,7 @@ class MemoryBackend:
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(-1 if size is None else size)
+        check_named(key, digest_bytes(data), path)
         self.put(key, data)
         if progress is not None:
             progress(len(data))

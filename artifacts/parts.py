@@ -61,6 +61,8 @@ class Body:
         self._size = size
         self._take = take
         self._at = 0
+        self.failure: Exception | None = None
+        """What `take` raised, which a client may hand on as an error of the connection."""
 
     def __len__(self) -> int:
         return self._size

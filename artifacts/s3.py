@@ -14,6 +14,7 @@ One instance belongs to one process: workers are forked from a process that neve
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,18 @@ from typing import Any, BinaryIO, TypeVar
 
 from blake3 import blake3
 
-from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, local_file, write_at, wrong_size
+from artifacts.backend import (
+    MAX_OBJECT_BYTES,
+    Entry,
+    Object,
+    Progress,
+    check_named,
+    local_file,
+    named_digest,
+    write_at,
+    wrong_size,
+)
+from artifacts.digest import update_from
 from artifacts.errors import NotFound, StoreError, TooLarge
 from artifacts.parts import MAX_PARTS, PART_BYTES, Body, Part, Transfer, split
 from artifacts.redact import harmless
@@ -96,7 +108,7 @@ class S3Backend:
     ) -> None:
         with local_file(path), open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size - offset if size is None else size
-            self._upload(key, file.fileno(), offset, length, progress or _unwatched)
+            self._upload(key, path, file.fileno(), offset, length, progress or _unwatched)
 
     def get_file(
         self,
@@ -189,7 +201,12 @@ class S3Backend:
         def request() -> Any:
             if isinstance(body := arguments.get("Body"), Body):
                 body.seek(0)
-                return getattr(self._connection.client, method)(Bucket=self.bucket, **arguments)
+                try:
+                    return getattr(self._connection.client, method)(Bucket=self.bucket, **arguments)
+                except Exception:
+                    if body.failure is not None:
+                        raise body.failure from None
+                    raise
             return self._connection.call(method, **arguments)
 
         return self._ask(method if key is None else key, verb, request, patience)
@@ -226,12 +243,14 @@ class S3Backend:
 
     # Large objects
 
-    def _upload(self, key: str, file: int, offset: int, size: int, report: Progress) -> None:
+    def _upload(self, key: str, path: Path, file: int, offset: int, size: int, report: Progress) -> None:
         if size > PART_BYTES * MAX_PARTS:
             raise StoreError(f"{key}: {size} bytes are more than one object may have ({PART_BYTES * MAX_PARTS})")
         parts = split(size, PART_BYTES)
         if len(parts) < 2:
-            body = _body(key, file, offset, size, mmap(-1, Body.PIECE_BYTES))
+            body = _body(
+                key, file, offset, size, mmap(-1, Body.PIECE_BYTES), lambda found: check_named(key, found, path)
+            )
             content = body if size > THREADED_FROM else b"".join(bytes(piece) for piece in iter(body.read, b""))
             self._call("write", "put_object", key, patience=PATIENT, Body=content)
             report(size)
@@ -245,12 +264,20 @@ class S3Backend:
             etag = self._call("write", "upload_part", key, patience=PATIENT, Body=body, **number)["ETag"]
             return {"PartNumber": index + 1, "ETag": etag}
 
+        hasher, unread = blake3(), os.fstat(file)
+
         def arrived(part: Part, number: dict[str, Any]) -> dict[str, Any]:
+            if named_digest(key) is not None:
+                with contextlib.suppress(EOFError):  # then the digest is wrong
+                    update_from(hasher, path, offset + part[0], part[1])
             report(part[1])
             return number
 
         try:
             sent = Transfer(parts, send, arrived).run()
+            # What was sent is what was hashed after it, as the file has not changed since before.
+            same = os.fstat(file).st_mtime_ns == unread.st_mtime_ns
+            check_named(key, hasher.hexdigest() if same else "", path)
         except BaseException:
             self._abort(key, upload)
             raise
@@ -363,14 +390,29 @@ def _opened(path: Path, offset: int | None) -> BinaryIO:
     return open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0)
 
 
-def _body(key: str, file: int, offset: int, size: int, buffer: mmap) -> Body:
-    """A range of a file, read by way of the first bytes of `buffer`."""
+def _body(
+    key: str, file: int, offset: int, size: int, buffer: mmap, check: Callable[[str], None] | None = None
+) -> Body:
+    """A range of a file, read by way of the first bytes of `buffer`. `check` gets its digest before the last piece is sent."""
     view = memoryview(buffer)
+    hasher, hashed = blake3(), 0
 
     def take(start: int, count: int) -> memoryview:
+        nonlocal hasher, hashed
         got = os.preadv(file, [view[:count]], offset + start) if count else 0
-        if got == 0 < count:
-            raise StoreError(f"{key}: the file to store became shorter while it was read")
+        try:
+            if got == 0 < count:
+                raise StoreError(f"{key}: the file to store became shorter while it was read")
+            if check is not None and start in (0, hashed):
+                hasher = blake3() if start == 0 else hasher
+                hasher.update(view[:got])
+                hashed = start + got
+                if hashed == size:
+                    check(hasher.hexdigest())
+        except StoreError as error:
+            body.failure = error
+            raise
         return view[:got]
 
-    return Body(size, take)
+    body = Body(size, take)
+    return body

@@ -10,16 +10,16 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts.backend import Backend, put_own
+from artifacts.backend import Backend, local_file, put_own
 from artifacts.digest import canonical_json, digest_bytes, digest_file, is_digest, parse_canonical, seal, unseal
 from artifacts.errors import Conflict, Damaged, LeaseLost, NotFound, StoreError, TooLarge
 from artifacts.lease import checked_fence
 from artifacts.space import require_space
-from artifacts.trees import File, check_files
+from artifacts.trees import File, check_files, check_path, check_together
 
 NAME = re.compile(r"[0-9]{9,19}-[0-9a-f]{12}")
 KEPT = 2
@@ -56,17 +56,18 @@ class StoredCheckpoints:
 
         Raises:
             LeaseLost: a worker with a later fence has written already, or the lease was lost; nothing of it is left.
-            StoreError: `directory` is missing or holds no file, so there is no state to come back to.
+            StoreError: `directory` is missing or holds no file, so there is no state to come back to; or it holds what could
+                not be restored: a name that is not portable, two that differ in case only, or a file that is being written.
         """
-        if not any(path.is_file() for path in directory.rglob("*")):
+        files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+        if not files:
             raise StoreError(f"checkpoint at step {step}: {directory} is missing or holds no file")
+        _check_names(step, files)
         self.confirm()
         name = f"{step:09d}-{uuid.uuid4().hex[:12]}"
         rows = []
-        files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
         for relative, path in sorted(files.items()):
-            self.backend.put_file(f"{self._root}/{name}/files/{relative}", path)
-            rows.append([relative, path.stat().st_size, digest_file(path)])
+            rows.append([relative, *self._put(f"{self._root}/{name}/files/{relative}", path)])
         manifest = canonical_json({"step": step, "seconds": self.seconds, "files": rows})
         self.backend.put(f"{self._root}/{name}/manifest.json", manifest)
         try:
@@ -77,6 +78,20 @@ class StoredCheckpoints:
             raise
         for old in dropped:
             self._delete(old)
+
+    def _put(self, key: str, path: Path) -> tuple[int, str]:
+        """Store a file; its size and digest."""
+        with local_file(path):
+            before = path.stat()
+            digest = digest_file(path)
+        self.backend.put_file(key, path, size=before.st_size)
+        with local_file(path):
+            after = path.stat()
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise StoreError(
+                f"the file {path} of a checkpoint was changed while it was saved; save it once it is complete"
+            )
+        return before.st_size, digest
 
     def restore(self, into: Path) -> int | None:
         """Copy the newest intact checkpoint into the empty folder `into`; its step, or None if there is none."""
@@ -182,6 +197,16 @@ class StoredCheckpoints:
     def _delete(self, name: str) -> None:
         for entry in list(self.backend.list(f"{self._root}/{name}/" if name else f"{self._root}/")):
             self.backend.delete(entry.key)
+
+
+def _check_names(step: int, names: Collection[str]) -> None:
+    """Refuse what `read_manifest` would: a checkpoint that nobody can restore is none."""
+    try:
+        for name in names:
+            check_path(name)
+        check_together(sorted(names))
+    except (StoreError, ValueError) as error:
+        raise StoreError(f"the checkpoint at step {step} could not be restored: {error}; rename its files") from error
 
 
 def read_pointers(data: bytes) -> tuple[list[dict[str, object]], int]:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.digest import canonical_json, digest_file, is_digest, parse_canonical
-from artifacts.errors import StoreUnavailable
+from artifacts.errors import StoreError, StoreUnavailable
 from artifacts.lease import is_gone, this_process
 from artifacts.local import make_folders
+from artifacts.trees import check_path, check_together
 
 FINISHED = "finished.json"
 HOLDER = "holder.json"
@@ -48,7 +49,11 @@ class Attempt:
         return _finished((self.folder / FINISHED).read_bytes())[0]
 
     def finish(self, seconds: float) -> None:
-        """Note that the body ended well after `seconds` of running."""
+        """Note that the body ended well after `seconds` of running.
+
+        Raises:
+            StoreError: the output holds what no store takes, so it is not finished, and the body has to run again.
+        """
         content = canonical_json({"seconds": seconds, "files": _listing(self.out)})
         temporary = self.folder / f"{FINISHED}.part"
         with _writing(self.folder):
@@ -74,7 +79,7 @@ class Attempt:
         """True when the body ended well and every file still is as it left it."""
         try:
             return _finished((self.folder / FINISHED).read_bytes())[1] == _listing(self.out)
-        except (OSError, ValueError):
+        except (OSError, ValueError, StoreError):
             return False
 
     def is_mine(self) -> bool:
@@ -196,5 +201,20 @@ def _holder(data: bytes) -> dict[str, object]:
 
 
 def _listing(out: Path) -> list[list[Any]]:
-    files = sorted(path for path in out.rglob("*") if path.is_file())
-    return [[path.relative_to(out).as_posix(), path.stat().st_size, digest_file(path)] for path in files]
+    """(path, size, digest) of every file.
+
+    Raises:
+        StoreError: one cannot be stored, for what it is or for its name.
+    """
+    paths = {path.relative_to(out).as_posix(): path for path in out.rglob("*")}
+    for name, path in paths.items():
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise StoreError(f"output {name!r} is a link or a special file; only plain files can be stored")
+    files = [name for name, path in sorted(paths.items(), key=lambda item: item[1]) if path.is_file()]
+    for name in files:
+        check_path(name)
+    try:
+        check_together(files)
+    except ValueError as error:
+        raise StoreError(f"the output cannot be stored: {error}") from error
+    return [[name, paths[name].stat().st_size, digest_file(paths[name])] for name in files]

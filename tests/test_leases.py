@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from artifacts.checkpoints import StoredCheckpoints
 from artifacts.clock import Clock
 from artifacts.errors import LeaseLost, StoreError
 from artifacts.lease import Lease, is_gone, process_identity, this_process
+from artifacts.memory import MemoryBackend
 from artifacts.store import Store
 
 
@@ -167,3 +171,53 @@ def test_empty_checkpoint_is_refused(tmp_path: Path) -> None:
     for name in ("empty", "missing"):
         with pytest.raises(StoreError, match="holds no file"):
             checkpoints.save(1, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["step:1.bin"],
+        ["a\\b"],
+        ["tab\tname"],
+        [unicodedata.normalize("NFD", "é")],
+        ["x\u00a0y"],
+        ["Twin", "twin"],
+        ["A/x", "a/y"],
+    ],
+    ids=ascii,
+)
+def test_a_checkpoint_that_could_not_be_restored_is_refused(tmp_path: Path, names: list[str]) -> None:
+    """File names that a manifest must not have are an error when the state is saved, which leaves the one before it alone."""
+    state, backend = tmp_path / "state", MemoryBackend()
+    state.mkdir()
+    (state / "ok").write_text("1")
+    checkpoints = StoredCheckpoints(backend, "k" * 64, 1)
+    checkpoints.save(1, state)
+    stored = [entry.key for entry in backend.list("")]
+    for name in names:
+        (state / name).parent.mkdir(exist_ok=True)
+        (state / name).write_text("2")
+    with pytest.raises(StoreError, match="step 2 could not be restored.*rename"):
+        checkpoints.save(2, state)
+    assert [entry.key for entry in backend.list("")] == stored
+    (tmp_path / "into").mkdir()
+    assert checkpoints.restore(tmp_path / "into") == 1
+
+
+def test_a_checkpoint_is_not_written_while_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a checkpoint that changes between hashing and sending is an error, and the newest checkpoint stays."""
+    state, backend = tmp_path / "state", MemoryBackend()
+    state.mkdir()
+    (state / "x").write_text("1")
+    checkpoints, put_file = StoredCheckpoints(backend, "k" * 64, 1), backend.put_file
+    checkpoints.save(1, state)
+
+    def then_write(key: str, path: Path, **more: Any) -> None:
+        put_file(key, path, **more)
+        os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(backend, "put_file", then_write)
+    with pytest.raises(StoreError, match="changed while it was saved"):
+        checkpoints.save(2, state)
+    (tmp_path / "into").mkdir()
+    assert checkpoints.restore(tmp_path / "into") == 1

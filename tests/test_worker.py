@@ -15,7 +15,8 @@ import pytest
 from artifacts import scratch
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.clock import SYSTEM
-from artifacts.digest import canonical_json
+from artifacts.digest import canonical_json, digest_file
+from artifacts.errors import StoreError
 from artifacts.lease import Lease, process_identity, this_process
 from artifacts.record import payload_key
 from artifacts.store import Store, new_record
@@ -103,6 +104,33 @@ def test_finished_attempt_is_published_only_intact(tmp_path: Path) -> None:
     attempt(other, "1-deadbeef", GONE, "kept as it was")
     last, _ = execute(other)
     assert Store.open(spec.store).read(last["output"], "text.txt") == b"kept as it was" and last["seconds"] == 2.0
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("trouble", ["link", "link to a folder", "name", "twins"])
+def test_an_output_that_cannot_be_stored_is_not_finished(tmp_path: Path, trouble: str) -> None:
+    """What no store takes fails the stage before it counts as finished, so the next run makes it anew; nor is it adopted."""
+    spec = spec_of(toys.source, toys.TextConfig(), tmp_path)
+    left = attempt(spec, "1-deadbeef", GONE, "kept")
+
+    def spoil() -> None:
+        if trouble.startswith("link"):
+            (left.out / "latest").symlink_to("text.txt" if trouble == "link" else ".")
+        for name in {"name": ["tab\tname"], "twins": ["Text.txt"]}.get(trouble, []):
+            (left.out / name).write_text("x")
+
+    spoil()
+    with pytest.raises(StoreError, match="link or a special|not safe|upper and lower"):
+        left.finish(1.0)
+    rows = [
+        [p.relative_to(left.out).as_posix(), p.stat().st_size, digest_file(p)]
+        for p in sorted(left.out.rglob("*"))
+        if p.is_file()
+    ]
+    (left.folder / scratch.FINISHED).write_bytes(canonical_json({"seconds": 1.0, "files": rows}))
+    last, _ = execute(spec)
+    assert last["event"] == "done" and last["executed"]
+    assert Store.open(spec.store).read(last["output"], "text.txt") == b"<text>"
     assert not list((tmp_path / "scratch").iterdir())
 
 

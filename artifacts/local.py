@@ -68,7 +68,12 @@ class LocalBackend:
     """Objects as files under `root`; the key is the relative path."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().resolve()
+        try:
+            self.root = root.expanduser().resolve()
+        except (RuntimeError, OSError) as error:
+            raise StoreError(
+                f"the store {root} cannot be found: {error}; expected a folder, or the name of one"
+            ) from error
         self.url = str(self.root)
         if os.path.exists(self.root) and not os.path.isdir(self.root):
             raise StoreError(f"the store {self.url} is a file; expected a folder, or the name of one to be made")

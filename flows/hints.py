@@ -30,9 +30,9 @@ class Hints:
     def load(self, recipes: Iterable[str]) -> dict[str, str]:
         """The remembered keys of those recipes that are known."""
         wanted, found = list(recipes), {}
-        if not self._path.exists():
-            return {}
         try:
+            if not self._path.exists():
+                return {}
             with closing(self._open()) as connection:
                 for start in range(0, len(wanted), ASK_AT_ONCE):
                     part = wanted[start : start + ASK_AT_ONCE]
@@ -63,9 +63,15 @@ class Hints:
 
 
 def hints_for(url: str) -> Hints | None:
-    """The hints of the store at `url`; None for a store on this machine, whose records are read faster than a hint."""
+    """The hints of the store at `url`; None for a store on this machine, whose records are read faster than a hint.
+
+    None too for a user without a home directory.
+    """
     if "://" not in url or url.startswith("memory:"):
         return None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        return None
     where = f"{os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL', '')} {url}"
     return Hints(cache / "sleeper" / "hints" / f"{digest_bytes(where.encode())[:32]}.sqlite")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pwd
 import uuid
 from pathlib import Path
 
+import pytest
+
 from artifacts.digest import digest_bytes
+from artifacts.errors import StoreError
 from artifacts.store import Store, new_record
 from flows.graph import Graph, Node
 from flows.hints import Hints, hints_for
@@ -121,3 +125,26 @@ def test_hints_are_for_remote_stores_only(tmp_path: Path, monkeypatch) -> None:
         hints.remember({endpoint: "f" * 64})
         paths.append(hints.load(["http://127.0.0.1:1", "http://127.0.0.1:2"]))
     assert paths == [{"http://127.0.0.1:1": "f" * 64}, {"http://127.0.0.1:2": "f" * 64}]
+
+
+def test_no_hints_where_they_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder that cannot even be looked for, or a user without a home directory, means no hints and no error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("x" * 300)))
+    hints = hints_for("s3://bucket/x")
+    assert hints is not None
+    hints.remember({"0" * 64: "1" * 64})
+    assert hints.load(["0" * 64]) == {}
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    assert hints_for("s3://bucket/x") is None
+
+
+def test_a_home_that_nobody_has_is_no_store() -> None:
+    """A store below the home of an unknown user is refused in the store's own terms."""
+    with pytest.raises(StoreError, match="~no-such-user"):
+        Store.open("~no-such-user/store")

@@ -22,14 +22,14 @@ from typing import Any
 
 from blake3 import blake3
 
-from artifacts.audit_roots import check_roots
+from artifacts.audit_roots import STRAY, check_roots, named
 from artifacts.backend import Backend
 from artifacts.digest import update_from
 from artifacts.download import READINGS
 from artifacts.errors import Damaged, NewerFormat, NotFound
 from artifacts.mark import Tally, Where, by_digest, record_of
 from artifacts.packing import unpack
-from artifacts.record import Record, is_withdrawn
+from artifacts.record import Record, is_stage, is_withdrawn
 from artifacts.store import Store
 from artifacts.trees import File, Part, object_key, read_parts, read_tree
 from artifacts.unreadable import NOT_READ, tolerant
@@ -51,7 +51,7 @@ class Finding:
     """One object that is not what it should be."""
 
     kind: str
-    """`record`, `tree`, `parts list`, `blob`, `run`, `pin`, `checkpoint`."""
+    """`record`, `tree`, `parts list`, `blob`, `run`, `pin`, `checkpoint`, `audit entry`; `stray` for a file that is none of them."""
     key: str
     """Of the object in the store."""
     problem: str
@@ -168,14 +168,15 @@ class _Verifier:
 
     def _check_records(self) -> None:
         keys = {entry.key: record_of(entry.key) for entry in self._backend.list("v1/act/")}
+        for key in [key for key, where in keys.items() if where is None or not is_stage(where[0])]:
+            self._found("stray", named(key), STRAY)
+            del keys[key]
         for key, stored in self._read(list(keys)):
             where = keys[key]
             if stored is None or is_withdrawn(stored.data):
                 continue
+            assert where is not None
             self._count("record", len(stored.data))
-            if where is None:
-                self._found("record", key, "its name is not that of a record")
-                continue
             try:
                 record = Record.decode(stored.data, *where)
                 slim = {"inputs": record.payload["inputs"]}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from artifacts.backend import Backend, Entry
 from artifacts.checkpoints import read_manifest, read_pointers
-from artifacts.digest import digest_bytes, unseal
+from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged, NotFound, StoreError
 from artifacts.keep import read_pin
 from artifacts.mark import ACTIVE_RUNS, Where, is_note, record_key
@@ -22,18 +22,34 @@ Problem = tuple[str, str, str]
 Count = Callable[[str, int], None]
 
 
+STRAY = "does not belong here, and is left alone; remove it by hand"
+
+
+def named(key: str) -> str:
+    """A key as it can be shown and noted: the name of a stray file may be no text at all."""
+    return key if key.isprintable() else ascii(key)[1:-1]
+
+
 def check_roots(store: Store, records: Container[Where], count: Count) -> Iterator[Problem]:
     """What is wrong with runs, pins, checkpoints and the trail, given the readable records."""
     backend = store.backend
     explained = _withdrawn(backend)
-    for key, data in _objects(backend, list(backend.list(RUNS))):
+    strays = [e for prefix in (RUNS, PINS, TRAIL) for e in backend.list(prefix) if not e.key.isprintable()]
+    for key, data in _objects(backend, _entries(backend, RUNS)):
         count("run", len(data))
         yield from _check_run(key, data, records, explained)
     yield from _check_pins(backend, records, explained, count)
-    entries = list(backend.list("v1/wip/"))
-    for key in sorted({entry.key.split("/")[2] for entry in entries}):
+    names: dict[str, None] = {}
+    for entry in backend.list("v1/wip/"):
+        key, _, below = entry.key.removeprefix("v1/wip/").partition("/")
+        if is_digest(key) and below:
+            names[key] = None
+        else:
+            strays.append(entry)
+    for key in sorted(names):
         yield from _check_checkpoints(backend, key, count)
-    for key, data in _objects(backend, list(backend.list(TRAIL))):
+    yield from (("stray", named(entry.key), STRAY) for entry in strays)
+    for key, data in _objects(backend, _entries(backend, TRAIL)):
         count("audit entry", len(data))
         if (problem := root_problem(key, data)) is not None:
             yield "audit entry", key, problem
@@ -54,6 +70,10 @@ def root_problem(key: str, data: bytes) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _entries(backend: Backend, prefix: str) -> list[Entry]:
+    return [entry for entry in backend.list(prefix) if entry.key.isprintable()]
 
 
 def _objects(backend: Backend, entries: Sequence[Entry]) -> Iterator[tuple[str, bytes]]:
@@ -87,7 +107,7 @@ def _check_run(key: str, data: bytes, records: Container[Where], explained: set[
 
 def _check_pins(backend: Backend, records: Container[Where], explained: set[str], count: Count) -> Iterator[Problem]:
     standing = set()
-    for key, data in _objects(backend, list(backend.list(PINS))):
+    for key, data in _objects(backend, _entries(backend, PINS)):
         count("pin", len(data))
         standing.add(key)
         if (problem := root_problem(key, data)) is not None:

@@ -310,6 +310,9 @@ class _Repairer:
 
     def _drop(self, finding: Finding) -> None:
         """Remove a damaged object, or put another store's back where its name verifies it."""
+        if finding.kind == "stray":
+            self._say(f"{finding.key}: {finding.problem}")
+            return
         copy = self._copies.object(finding.key) if finding.kind == "run" else None
         if copy is not None and digest_bytes(copy[0].data) == finding.key[-69:-5]:
             self._put(finding.key, copy[0].data, copy[1])

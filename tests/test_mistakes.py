@@ -17,8 +17,11 @@ from artifacts.intent import CONDEMNED, intent, read_condemned
 from artifacts.repair import repair
 from artifacts.store import Store
 from artifacts.trail import read_trail
+from flows.doctor import store_checks
 from tests.aging import AgingBackend, FastClock
 from tests.test_upkeep import command, made, plain  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def snapshot(store: Store) -> dict[str, int]:
@@ -168,3 +171,29 @@ def test_an_absurd_time_is_refused(made: SimpleNamespace, grace: str) -> None:  
     """More than a hundred years is a slip of the hand."""
     done = command("gc", "--grace", grace, cwd=made.cwd)
     assert done.returncode == 2 and "100 years" in done.stderr
+
+
+def test_doctor_tells_a_reader_what_still_works(made: SimpleNamespace) -> None:  # noqa: F811
+    """The error is that of the write which failed, not of the tidying up after it, and says that reading works."""
+    checks = {check.name: check for check in store_checks(ReadOnly(made.store.backend))}
+    assert checks["store"].status == "error" and "can be read, but not written" in checks["store"].seen
+    assert "verify" in checks["store"].advice and "plan" in checks["store"].advice
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"), [(("verify",), False), (("gc",), False), (("run", "configs/default.yaml"), True)]
+)
+def test_an_interruption_promises_what_there_is(
+    made: SimpleNamespace,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    verb: tuple[str, ...],
+    said: bool,
+) -> None:
+    """Only a run has checkpoints to go on from."""
+
+    def interrupted(url: str) -> Store:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "open", interrupted)
+    done = command(*verb, cwd=ROOT)
+    assert done.returncode == 130 and ("checkpoints" in done.stderr) is said

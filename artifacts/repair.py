@@ -404,7 +404,7 @@ class _Repairer:
         checkpoints = StoredCheckpoints(backend, stage_key, 0)
         if self.result.dry_run:
             return
-        lost = self._is_unreadable(key)
+        lost = key.endswith("/LATEST") and self._is_unreadable(key)  # the key of a checkpoint is a folder
         lease = Lease(backend, stage_key, last_fence=(lambda: 0) if lost else checkpoints.stored_fence)
         if not lease.try_acquire():
             self.result.removed[key] = "left to the worker that is running its stage"

@@ -10,13 +10,14 @@ from artifacts.backend import Backend, Entry
 from artifacts.checkpoints import read_manifest, read_pointers
 from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged, NotFound, StoreError
+from artifacts.intent import CONDEMNED, TAKEOVER_SECONDS, read_condemned
 from artifacts.keep import read_pin
 from artifacts.mark import ACTIVE_RUNS, Where, is_note, record_key
 from artifacts.store import Store, parse_run
 from artifacts.trail import PINS, TRAIL, read_trail
 
 RUNS = "v1/run/"
-
+DAMAGED_LIST = f"is not a list of what is being deleted; writers wait {TAKEOVER_SECONDS / 60:.0f} minutes for it"
 Problem = tuple[str, str, str]
 """(kind, key, what is wrong)."""
 Count = Callable[[str, int], None]
@@ -39,6 +40,8 @@ def check_roots(store: Store, records: Container[Where], count: Count) -> Iterat
         count("run", len(data))
         yield from _check_run(key, data, records, explained)
     yield from _check_pins(backend, records, explained, count)
+    if (condemned := read_condemned(backend)) is not None and condemned.state == "damaged":
+        yield "condemned list", CONDEMNED, DAMAGED_LIST
     names: dict[str, None] = {}
     for entry in backend.list("v1/wip/"):
         key, _, below = entry.key.removeprefix("v1/wip/").partition("/")

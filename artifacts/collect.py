@@ -13,11 +13,13 @@ What has no referrer at all (checkpoints whose lease has not beaten, old notes) 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from artifacts.backend import Backend, Entry
 from artifacts.clock import SYSTEM, Clock
+from artifacts.condemned import reset_damaged
 from artifacts.errors import Damaged, StoreUnavailable
 from artifacts.leftovers import remove_leftovers
 from artifacts.mark import Marks, Tally, by_digest, files_of, unique
@@ -88,7 +90,9 @@ def collect(
         StoreError: another collection is at work; what it has not deleted is left.
     """
     backend = store.backend
-    now = store_time(backend)
+    now = _time_of_dry_run(backend, clock, say) if dry_run else store_time(backend)
+    if not dry_run and reset_damaged(backend, now, clock, say, wait=False):
+        say("the damaged list of what is being deleted was cleared")
     say("marking what is in use")
     marks = Marks(store, now, now - grace)
     marks.refresh()
@@ -109,8 +113,17 @@ def collect(
             pending.replace(since)
         _delete(marks, ready, unused, since, pending, report, clock, say)
     shards = [key for _, key in pending.shards]
-    report.leftovers = remove_leftovers(backend, now, grace, shards, clock, dry_run=dry_run)
+    report.leftovers = remove_leftovers(backend, now, grace, shards, clock, dry_run=dry_run, say=say)
     return report
+
+
+def _time_of_dry_run(backend: Backend, clock: Clock, say: Callable[[str], None]) -> float:
+    """The store's time, or this machine's for somebody who may only read: nothing is decided by it then."""
+    try:
+        return store_time(backend)
+    except StoreUnavailable as error:
+        say(f"ages are reckoned by this machine's clock, because nothing can be written to the store: {error}")
+        return clock.time()
 
 
 def store_time(backend: Backend) -> float:
@@ -124,7 +137,8 @@ def store_time(backend: Backend) -> float:
     try:
         times = [entry.modified for entry in backend.list(key)]
     finally:
-        backend.delete(key)
+        with suppress(StoreUnavailable):  # a later collection removes it
+            backend.delete(key)
     if not times:
         raise StoreUnavailable(
             f"the store {backend.url} does not list an object that was just written to it; with listings that lag "
@@ -227,6 +241,6 @@ def _delete(
             report.deleted.add(unused[key])
         say(f"deleted {report.deleted.objects} of {len(ready)} objects")
 
-    sweep(marks, ready, clock, on_deleted)
+    sweep(marks, ready, clock, on_deleted, say)
     gone = set(ready)
     pending.replace({key: time for key, time in since.items() if key not in gone})

@@ -13,7 +13,17 @@ from artifacts.backend import Backend
 from artifacts.clock import Clock
 from artifacts.digest import canonical_json, unseal
 from artifacts.errors import Conflict, NotFound, StoreError, StoreUnavailable
-from artifacts.intent import BEAT_LASTS_SECONDS, CONDEMNED, INTENTS, SETTLE_SECONDS, Condemned, read_condemned
+from artifacts.intent import (
+    BEAT_LASTS_SECONDS,
+    CONDEMNED,
+    INTENTS,
+    SETTLE_SECONDS,
+    TAKEOVER_SECONDS,
+    Condemned,
+    Say,
+    read_condemned,
+    set_free,
+)
 from artifacts.lease import this_process
 from artifacts.retry import SHORTEST_PAUSE
 
@@ -26,14 +36,20 @@ class SweepStopped(StoreError):
 
 
 def remove_damaged(
-    backend: Backend, keys: Iterable[str], is_damaged: Callable[[str], bool], clock: Clock, *, spare_announced: bool
+    backend: Backend,
+    keys: Iterable[str],
+    is_damaged: Callable[[str], bool],
+    clock: Clock,
+    *,
+    spare_announced: bool,
+    say: Say = lambda text: None,
 ) -> list[str]:
     """Delete those of `keys` that are still damaged, while nobody can come to rely on them; return which they were.
 
     Who found them may have looked long ago, and a writer may have put them anew since. With `spare_announced` those are
     left that a writer relies on now: he may be about to put them.
     """
-    condemned, removed = CondemnedList(backend, clock), []
+    condemned, removed = CondemnedList(backend, clock, say), []
     try:
         condemned.put_patiently(keys := list(keys))
         spared = _announced(backend) if spare_announced else frozenset()
@@ -57,12 +73,32 @@ def _announced(backend: Backend) -> frozenset[str]:
     return frozenset(found)
 
 
+def reset_damaged(backend: Backend, now: float, clock: Clock, say: Say, *, wait: bool) -> bool:
+    """Set a damaged list free, once no deletion can be under way that was announced on it; say whether that was done.
+
+    That is so when it has not changed for the takeover time by the store's clock, which shows `now`. With `wait`, the rest
+    of that time is waited for.
+    """
+    found = read_condemned(backend)
+    if found is None or found.state != "damaged":
+        return False
+    changed = [entry.modified for entry in backend.list(CONDEMNED) if entry.key == CONDEMNED]
+    left = TAKEOVER_SECONDS - (now - max(changed, default=now))
+    if left > 0:
+        if not wait:
+            return False
+        say(found.reason_to_wait(backend.url, clock))
+        clock.sleep(left)
+    return set_free(backend, found)
+
+
 class CondemnedList:
     """This collection's hold on the list."""
 
-    def __init__(self, backend: Backend, clock: Clock) -> None:
+    def __init__(self, backend: Backend, clock: Clock, say: Say = lambda text: None) -> None:
         self._backend = backend
         self._clock = clock
+        self._say = say
         self._owner = uuid.uuid4().hex
         self._etag: str | None = None
         self._keys: list[str] = []
@@ -154,7 +190,9 @@ class CondemnedList:
                 raise SweepStopped(
                     f"another collection is deleting in the store {self._backend.url}; run it again later"
                 )
-            seen = seen or (found.etag, now)
+            if seen is None:
+                self._say(found.reason_to_wait(self._backend.url, self._clock))
+                seen = (found.etag, now)
             if now - seen[1] >= found.patience:
                 break
             self._clock.sleep(min(1.0, found.patience / 10))

@@ -86,6 +86,8 @@ def parse_canonical(data: bytes) -> Any:
         canonical = _encode(value)
     except RecursionError as error:
         raise ValueError(f"more than {MAX_DEPTH} levels of nesting") from error
+    except (json.JSONDecodeError, UnicodeError) as error:
+        raise ValueError("is not the JSON that it should be") from error
     if canonical != data:
         raise ValueError("not canonical JSON: a key is repeated or out of order, or a number or text has another form")
     return value

@@ -16,8 +16,9 @@ deletions that were already under way. The list is set free, never deleted, beca
 from __future__ import annotations
 
 import random
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ from artifacts.clock import SYSTEM, Clock
 from artifacts.digest import canonical_json, parse_canonical
 from artifacts.errors import Conflict, NotFound, StoreUnavailable, TooLarge
 from artifacts.lease import is_gone
+
+Say = Callable[[str], None]
+"""Gets one line for people."""
 
 INTENTS = "v1/intent/"
 CONDEMNED = "v1/trash/condemned.json"
@@ -62,13 +66,29 @@ class Condemned:
         """Seconds without a change after which the list may be set free."""
         return SETTLE_SECONDS if self.holder is not None and is_gone(self.holder) else TAKEOVER_SECONDS
 
+    def reason_to_wait(self, url: str, clock: Clock) -> str:
+        """What a process waits for that needs something on the list, and until when, in one line."""
+        latest = time.strftime("%H:%M:%S", time.localtime(clock.time() + self.patience))
+        if self.state == "damaged":
+            return (
+                f"waiting: {CONDEMNED} in the store {url} is damaged, so what is being deleted is not known; "
+                f"it is put right at {latest} at the latest, and then this goes on"
+            )
+        return (
+            f"waiting: a collection is deleting something in the store {url} that is needed here; this goes on when it is "
+            f"done, or at {latest} if it shows no more life"
+        )
+
 
 @contextmanager
-def intent(backend: Backend, keys: Iterable[str], clock: Clock = SYSTEM) -> Iterator[None]:
+def intent(
+    backend: Backend, keys: Iterable[str], clock: Clock = SYSTEM, say: Say = lambda text: None
+) -> Iterator[None]:
     """Rely on `keys`, existing or not, for the length of the block: no collection deletes one of them meanwhile.
 
     Enter it before asking which of them exist. What is put inside the block and keeps the objects from then on (a record,
-    a run, a pin) must be there when the block ends. Entering waits while a collection is deleting one of them.
+    a run, a pin) must be there when the block ends. Entering waits while a collection is deleting one of them, and `say` is
+    told so.
 
     Raises:
         StoreUnavailable: the intent cannot be written.
@@ -77,7 +97,7 @@ def intent(backend: Backend, keys: Iterable[str], clock: Clock = SYSTEM) -> Iter
     name = f"{INTENTS}{uuid.uuid4().hex}.json"
     backend.put(name, canonical_json({"schema": 1, "keys": sorted(wanted)}))
     try:
-        wait_until_spared(backend, wanted, clock)
+        wait_until_spared(backend, wanted, clock, say)
         yield
     finally:
         try:
@@ -86,7 +106,9 @@ def intent(backend: Backend, keys: Iterable[str], clock: Clock = SYSTEM) -> Iter
             pass  # what the block did stands; an intent that is left behind is removed by a later collection
 
 
-def wait_until_spared(backend: Backend, keys: frozenset[str], clock: Clock = SYSTEM) -> bool:
+def wait_until_spared(
+    backend: Backend, keys: frozenset[str], clock: Clock = SYSTEM, say: Say = lambda text: None
+) -> bool:
     """Return once no collection is deleting one of `keys`, which the caller has announced already; True if it waited.
 
     After a wait the objects may be gone: whoever saw them before has to look again.
@@ -95,6 +117,8 @@ def wait_until_spared(backend: Backend, keys: frozenset[str], clock: Clock = SYS
     pause = 0.05
     while (condemned := read_condemned(backend)) is not None and condemned.names_any(keys):
         now = clock.monotonic()
+        if seen is None:
+            say(condemned.reason_to_wait(backend.url, clock))
         if seen is None or seen[0] != condemned.etag:
             seen = (condemned.etag, now)
         if now - seen[1] >= condemned.patience:
@@ -123,10 +147,11 @@ def read_condemned(backend: Backend) -> Condemned | None:
         return Condemned(stored.etag, "damaged")
 
 
-def set_free(backend: Backend, condemned: Condemned) -> None:
-    """Take the list from its collection, unless that has shown life since: its next beat is refused, and it stops."""
+def set_free(backend: Backend, condemned: Condemned) -> bool:
+    """Take the list from its collection, whose next beat is refused, so that it stops; False if it has shown life since."""
     body = {"state": "free", "owner": "", "beat": uuid.uuid4().hex, "holder": {}, "keys": []}
     try:
         backend.put(CONDEMNED, canonical_json(body), if_match=condemned.etag)
     except (Conflict, NotFound):
-        pass  # it changed: look again
+        return False  # it changed: look again
+    return True

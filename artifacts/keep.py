@@ -74,7 +74,7 @@ def pin(store: Store, label: str, records: Mapping[str, Record], because: str = 
     nodes = {name: {"stage": r.stage, "key": r.key, "output": r.output} for name, r in records.items()}
     made = Pin(label, nodes, me(), round(time.time(), 3), because)
     keys = [key for record in records.values() for key in _needs(store, record)]
-    with intent(store.backend, keys, store.clock):
+    with intent(store.backend, keys, store.clock, store.say):
         for name, record in records.items():
             if store.lookup(record.stage, record.key) is None:
                 raise StoreError(f"{name}, {record.key[:12]}, was deleted meanwhile; run its study again, then pin it")
@@ -215,7 +215,7 @@ def restore(store: Store, start: str, output: str = "") -> str:
     record = found.record
     assert record is not None
     kind, name = record.stage, record.key
-    with intent(store.backend, needed := _needs(store, record), store.clock):
+    with intent(store.backend, needed := _needs(store, record), store.clock, store.say):
         there = store.backend.sizes(needed)
         lost = [key for key, size in there.items() if size is None and key != record_key(kind, name)]
         if lost:
@@ -254,7 +254,7 @@ def accept(store: Store, old: Record, new: Record, because: str, differs: Sequen
         finished=old.finished,
         equivalent=_equivalence(old, because, differs),
     )
-    with intent(store.backend, _needs(store, old), store.clock):
+    with intent(store.backend, _needs(store, old), store.clock, store.say):
         if store.lookup(old.stage, old.key) is None:
             raise StoreError(f"the record {old.key[:12]} is gone; there is nothing to be equivalent to")
         _require_output(store, old)

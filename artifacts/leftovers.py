@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from artifacts.backend import Backend, Entry
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.clock import Clock
-from artifacts.errors import LeaseLost, NotFound
-from artifacts.intent import CONDEMNED, INTENTS
+from artifacts.errors import LeaseLost, NotFound, StoreUnavailable
+from artifacts.intent import CONDEMNED, INTENTS, Say
 from artifacts.lease import Lease
 from artifacts.mark import ACTIVE_RUNS, Tally
 from artifacts.pending import INDEX
@@ -37,7 +37,14 @@ class Abandoned:
 
 
 def remove_leftovers(
-    backend: Backend, now: float, grace: float, pending: Iterable[str], clock: Clock, *, dry_run: bool
+    backend: Backend,
+    now: float,
+    grace: float,
+    pending: Iterable[str],
+    clock: Clock,
+    *,
+    dry_run: bool,
+    say: Say = lambda text: None,
 ) -> dict[str, Tally]:
     """Remove what is left over and return how much of each kind it was. `pending` are the shards that are in use."""
     found: dict[str, Tally] = {}
@@ -51,7 +58,14 @@ def remove_leftovers(
             tally = found.setdefault("checkpoints and leases", Tally())
             tally.objects += abandoned.size.objects
             tally.bytes += abandoned.size.bytes
-    for entry in backend.sweep(grace, dry_run=dry_run):
+    try:
+        unfinished = backend.sweep(grace, dry_run=dry_run)
+    except StoreUnavailable as error:
+        if not dry_run:
+            raise
+        say(f"unfinished uploads are left out, because they cannot be looked at: {error}")
+        unfinished = []
+    for entry in unfinished:
         found.setdefault("unfinished uploads", Tally()).add(entry.size)
     return found
 

@@ -21,12 +21,13 @@ from artifacts.audit import Finding, Progress, Verification, verify
 from artifacts.audit_roots import root_problem
 from artifacts.backend import Object, put_own
 from artifacts.checkpoints import StoredCheckpoints
-from artifacts.condemned import remove_damaged
+from artifacts.collect import store_time
+from artifacts.condemned import remove_damaged, reset_damaged
 from artifacts.copies import Copies
 from artifacts.digest import canonical_json, digest_bytes, parse_canonical, update_from
 from artifacts.download import wrong_objects
 from artifacts.errors import Conflict, Damaged, LeaseLost, NewerFormat, NotFound
-from artifacts.intent import intent
+from artifacts.intent import CONDEMNED, intent
 from artifacts.lease import Lease
 from artifacts.mark import Where, record_key, record_of, unique
 from artifacts.packing import packed_run
@@ -106,6 +107,8 @@ class _Repairer:
         """Keys that nothing was done about yet."""
         self._restored: set[str] = set()
         """Outputs of records that were put back: nobody has asked yet what they need."""
+        self._lost: list[tuple[Record, str]] = []
+        """What is still to be withdrawn."""
         self.result = result
 
     def run(self) -> Repair:
@@ -126,27 +129,56 @@ class _Repairer:
         return self.result
 
     def _mend(self) -> None:
+        self._say(f"damaged: {len(self._bad):,}; looking for intact copies")
+        self._reset_condemned()
         for finding in list(self._bad.values()):
             if finding.kind == "record":
                 self._mend_record(finding)
         self._mend_outputs()
         for key in sorted(self._left):
-            self._drop(self._bad[key])
+            self._mend_run(self._bad[key])
         if not self.result.dry_run:
-            withdrawn = [record_key(record.stage, record.key) for record, _ in self.result.withdrawn]
-            note(
-                self._store.backend,
-                "repair",
-                "damage was found",
-                fixed=sorted(self.result.fixed),
-                removed=sorted(self.result.removed),
-                records=sorted({*withdrawn, *self.result.unreadable}),
-            )
+            self._note()
+            self._withdraw()
+        for key in sorted(self._left):
+            self._drop(self._bad[key])
+
+    def _note(self) -> None:
+        """Say in the trail what was put back, and what is about to be withdrawn and removed: a repair may be killed."""
+        withdrawn = [record_key(record.stage, record.key) for record, _ in self.result.withdrawn]
+        left = [self._bad[key] for key in self._left if self._bad[key].kind != "stray"]
+        there = {finding.key for finding in left if not finding.problem.startswith("is missing")}
+        note(
+            self._store.backend,
+            "repair",
+            "damage was found",
+            fixed=sorted(self.result.fixed),
+            removed=sorted(there | self.result.removed.keys()),
+            records=sorted({*withdrawn, *self.result.unreadable}),
+        )
+
+    def _withdraw(self) -> None:
+        for key in sorted(self._bad.keys() & set(self.result.unreadable)):
+            if (where := record_of(key)) is not None:
+                self._store.withdraw_damaged(*where, self._bad[key].problem)
+        for record, reason in self._lost:
+            standing = self._store.lookup(record.stage, record.key)
+            if standing is not None and standing.commit == record.commit:
+                self._store.invalidate(standing, reason)
+        self._lost = []
+
+    def _reset_condemned(self) -> None:
+        """First of all: everything else that is done here would wait for it."""
+        if CONDEMNED in self._left:
+            self._left.discard(CONDEMNED)
+            self.result.removed[CONDEMNED] = self._bad[CONDEMNED].problem
+            if not self.result.dry_run:
+                backend, clock = self._store.backend, self._store.clock
+                reset_damaged(backend, store_time(backend), clock, self._say, wait=True)
 
     def _fixed(self, key: str, source: str) -> None:
         self._left.discard(key)
         self.result.fixed[key] = source
-        self._say(f"{key}: intact copy in {source}")
 
     def _put(self, key: str, data: bytes, source: str) -> None:
         if not self.result.dry_run:
@@ -184,9 +216,6 @@ class _Repairer:
             self._restored.add(record.output)
             return
         self.result.unreadable.append(key)
-        self._say(f"{key}: no intact copy; its stage runs again when it is needed")
-        if where is not None and not self.result.dry_run:
-            self._store.withdraw_damaged(*where, finding.problem)
 
     def _remove_unreadable(self, key: str) -> None:
         """Make room where nothing can be compared and swapped, because what is there cannot be read."""
@@ -212,11 +241,11 @@ class _Repairer:
                 if known and digest not in self._restored and self._bad.keys().isdisjoint(known):
                     continue
                 if digest in self._restored and not self.result.dry_run:
-                    with intent(self._store.backend, known, self._store.clock):
+                    with intent(self._store.backend, known, self._store.clock, self._say):
                         pass  # what was being deleted, before anybody knew that it is needed again, is gone now
                 if (reason := self._mend_tree(digest)) is not None:
                     for record in outputs[digest]:
-                        self._withdraw(record, reason)
+                        self._lose(record, reason)
 
     def _mend_tree(self, digest: str) -> str | None:
         """Why an output cannot be read; None when it can, now."""
@@ -293,29 +322,28 @@ class _Repairer:
                 self._store.backend.put_file(blob, path)
                 self._store.backend.delete(list_key)
         self._copies.done(path)
-        for key in bad or (blob, list_key):
+        for key in bad or (blob,):
             self._fixed(key, source)
+        if not bad:
+            self._left.discard(list_key)
+            self.result.removed[list_key] = "the file is stored as a whole instead of in parts"
 
-    def _withdraw(self, record: Record, reason: str) -> None:
+    def _lose(self, record: Record, reason: str) -> None:
+        self._lost.append((record, reason))
         self.result.withdrawn.append((record, reason))
         self.result.fixed.pop(record_key(record.stage, record.key), None)
-        self._say(f"{record.stage} {record.node} {record.key[:12]}: withdrawn, because {reason}")
-        if self.result.dry_run:
-            return
-        standing = self._store.lookup(record.stage, record.key)
-        if standing is not None and standing.commit == record.commit:
-            self._store.invalidate(standing, reason)
 
     # What no record needs
 
-    def _drop(self, finding: Finding) -> None:
-        """Remove a damaged object, or put another store's back where its name verifies it."""
-        if finding.kind == "stray":
-            self._say(f"{finding.key}: {finding.problem}")
-            return
+    def _mend_run(self, finding: Finding) -> None:
+        """Put a run back from another store: its name verifies it."""
         copy = self._copies.object(finding.key) if finding.kind == "run" else None
         if copy is not None and digest_bytes(copy[0].data) == finding.key[-69:-5]:
             self._put(finding.key, copy[0].data, copy[1])
+
+    def _drop(self, finding: Finding) -> None:
+        if finding.kind == "stray":
+            self._say(f"{finding.key}: {finding.problem}")
             return
         if finding.problem.startswith("is missing"):
             if finding.kind == "pin" and self._store.backend.size(finding.key) is None:
@@ -327,8 +355,6 @@ class _Repairer:
         elif not self.result.dry_run and not self._discard(finding):
             del self.result.removed[finding.key]
             self._say(f"{finding.key}: was made anew, or is being made; left as it is")
-            return
-        self._say(f"{finding.key}: {self.result.removed[finding.key]}; removed")
 
     def _note_unpinned(self, finding: Finding) -> None:
         if not self.result.dry_run:
@@ -340,7 +366,7 @@ class _Repairer:
         named = finding.kind in ("blob", "tree", "parts list")
         check = self._is_damaged if named else lambda key: self._is_damaged_root(finding)
         backend, clock = self._store.backend, self._store.clock
-        removed = remove_damaged(backend, [finding.key], check, clock, spare_announced=True)
+        removed = remove_damaged(backend, [finding.key], check, clock, spare_announced=True, say=self._say)
         return bool(removed) or backend.size(finding.key) is None
 
     def _is_damaged_root(self, finding: Finding) -> bool:
@@ -382,7 +408,7 @@ class _Repairer:
         checkpoints = StoredCheckpoints(backend, stage_key, 0)
         if self.result.dry_run:
             return
-        lost = self._is_unreadable(key)
+        lost = key.endswith("/LATEST") and self._is_unreadable(key)  # the key of a checkpoint is a folder
         lease = Lease(backend, stage_key, last_fence=(lambda: 0) if lost else checkpoints.stored_fence)
         if not lease.try_acquire():
             self.result.removed[key] = "left to the worker that is running its stage"

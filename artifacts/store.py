@@ -39,6 +39,8 @@ class Store:
         self.backend = backend
         self.clock = clock
         self.at_once = at_once
+        self.say: Callable[[str], None] = lambda text: None
+        """Told, for people, what is waited for and how long."""
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -141,7 +143,7 @@ class Store:
     def _commit_anew(self, record: Record) -> Record:
         """Put a record in the place of one that was withdrawn; announced, as a collection may be removing what is there."""
         name = _record_key(record.stage, record.key)
-        with intent(self.backend, [name], self.clock):
+        with intent(self.backend, [name], self.clock, self.say):
             try:
                 stored = self.backend.get(name, limit=MAX_RECORD_BYTES)
                 if is_withdrawn(stored.data):
@@ -229,6 +231,7 @@ class Store:
                 lambda key: key in set(wrong_objects(self, tree)),
                 self.clock,
                 spare_announced=False,
+                say=self.say,
             )
 
     def records(self, stage: str) -> Iterator[Record]:

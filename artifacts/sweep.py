@@ -8,6 +8,7 @@ from itertools import groupby
 from artifacts.clock import Clock
 from artifacts.condemned import CondemnedList
 from artifacts.errors import Damaged
+from artifacts.intent import Say
 from artifacts.mark import Marks
 
 CONDEMN_AT_ONCE = 10_000
@@ -15,7 +16,13 @@ CONDEMN_AT_ONCE = 10_000
 DELETE_AT_ONCE = 1000
 
 
-def sweep(marks: Marks, keys: Sequence[str], clock: Clock, on_deleted: Callable[[Sequence[str]], None]) -> None:
+def sweep(
+    marks: Marks,
+    keys: Sequence[str],
+    clock: Clock,
+    on_deleted: Callable[[Sequence[str]], None],
+    say: Say = lambda text: None,
+) -> None:
     """Delete those of `keys`, in this order, that are still not in use; report every batch.
 
     Raises:
@@ -23,7 +30,7 @@ def sweep(marks: Marks, keys: Sequence[str], clock: Clock, on_deleted: Callable[
         Damaged: something that has come since cannot be read, so that what it needs is not known.
     """
     backend = marks.store.backend
-    condemned = CondemnedList(backend, clock)
+    condemned = CondemnedList(backend, clock, say)
     try:
         for start in range(0, len(keys), CONDEMN_AT_ONCE):
             some = keys[start : start + CONDEMN_AT_ONCE]

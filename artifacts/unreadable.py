@@ -67,4 +67,6 @@ class Tolerant:
 def tolerant(store: Store) -> tuple[Store, Tolerant]:
     """The same store, seen through a `Tolerant` backend."""
     backend = store.backend if isinstance(store.backend, Tolerant) else Tolerant(store.backend)
-    return Store(backend, clock=store.clock, at_once=store.at_once), backend
+    seen = Store(backend, clock=store.clock, at_once=store.at_once)
+    seen.say = store.say
+    return seen, backend

@@ -251,7 +251,7 @@ class _Upload:
                 self._known.add(blob.key)
                 wanted[blob.key] = blob
         if self._held is not None:
-            self._held.enter_context(intent(self._backend, [*wanted, *papers], self._store.clock))
+            self._held.enter_context(intent(self._backend, [*wanted, *papers], self._store.clock, self._store.say))
         there = self._backend.sizes(wanted)
         for key, blob in wanted.items():
             if there[key] == blob.part.stored:

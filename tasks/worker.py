@@ -348,7 +348,9 @@ def execute(spec: Spec, send: Send, stop: Stop, around: Surroundings | None = No
         stage = load_stage(spec)
         if spec.payload["stage"] != stage.name:
             raise StageError(f"{spec.node}: the spec is for stage {spec.payload['stage']!r}, found {stage.name!r}")
-        send(_Attempt(spec, around.open_store(spec.store), stage, send, stop, around).run())
+        store = around.open_store(spec.store)
+        store.say = lambda text: send({"event": "log", "message": text})
+        send(_Attempt(spec, store, stage, send, stop, around).run())
         return 0
     except StageStopped as error:
         send({"event": "stopped", "message": str(error)})

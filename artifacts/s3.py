@@ -168,7 +168,7 @@ class S3Backend:
             now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
             for upload in page.get("Uploads", []):
                 key, started = upload["Key"][len(self._prefix) :], upload["Initiated"].timestamp()
-                if now - started < older_than_seconds:
+                if max(0.0, now - started) < older_than_seconds:  # the date of a reply has no fractions
                     continue
                 try:
                     parts = self._call("list", "list_parts", key, UploadId=upload["UploadId"]).get("Parts", [])

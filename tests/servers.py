@@ -80,8 +80,8 @@ def free_port() -> int:
 def moto_server(*, strict: bool = True) -> Iterator[Server]:
     """moto, which lets in nobody but the users that were made in its IAM: everyone else gets 403. Not strict: anybody."""
     port = free_port()
-    code = "from moto.server import main; main()"
-    with _running([sys.executable, "-c", code, "-H", "127.0.0.1", "-p", str(port)], port, _MOTO) as process:
+    command = [sys.executable, "-m", "tests.moto_atomic", "-H", "127.0.0.1", "-p", str(port)]
+    with _running(command, port, _MOTO) as process:
         endpoint = f"http://127.0.0.1:{port}"
         anybody = Server("moto", endpoint, "anybody", "anything", process)
         if not strict:

@@ -338,10 +338,12 @@ def test_a_forked_process_holds_no_lock(tmp_path: Path, monkeypatch: pytest.Monk
     backend = open_backend(str(tmp_path / "store"))
     etag, replace, children = backend.put("v1/x", b"1"), os.replace, []
     gate, held = os.pipe()
+    forked, ready = os.pipe()
 
     def forking(*arguments: object) -> None:
         if not children and (child := os.fork()) == 0:
             os.close(held)
+            os.write(ready, b"1")
             os.read(gate, 1)  # until the test ends
             os._exit(0)
         elif not children:
@@ -351,13 +353,15 @@ def test_a_forked_process_holds_no_lock(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "replace", forking)
     etag = backend.put("v1/x", b"2", if_match=etag)
     try:
+        os.read(forked, 1)
         held_open = [os.readlink(path) for path in Path(f"/proc/{children[0]}/fd").iterdir()]
         assert not [name for name in held_open if name.endswith(".lock")]
         backend.put("v1/x", b"3", if_match=etag)
     finally:
         os.close(held)
         os.waitpid(children[0], 0)
-        os.close(gate)
+        for end in (gate, forked, ready):
+            os.close(end)
 
 
 def test_a_swap_unlocks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

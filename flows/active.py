@@ -17,6 +17,7 @@ from artifacts.digest import seal
 from artifacts.errors import StoreUnavailable
 from artifacts.intent import wait_until_spared
 from artifacts.mark import ACTIVE_RUNS, record_key
+from artifacts.sole_writer import SoleWriter
 from flows.execute import Outcome, StudyRun
 from flows.session import Study, records_of
 
@@ -48,6 +49,7 @@ class ActiveRun:
     def __init__(self, study: Study) -> None:
         self._study = study
         self._key = f"{ACTIVE_RUNS}{uuid.uuid4().hex}.json"
+        self._note = SoleWriter(study.store.backend, self._key)
         self._outcomes: dict[str, Outcome] = {}
         self._lock = threading.Lock()
 
@@ -80,7 +82,7 @@ class ActiveRun:
         return self._study.store
 
     def _write(self) -> None:
-        self._store.backend.put(self._key, seal({"schema": 1, **self._study.describe(self._outcomes)}))
+        self._note.write(seal({"schema": 1, **self._study.describe(self._outcomes)}))
 
 
 def _record(outcome: Outcome) -> str:

@@ -16,6 +16,7 @@ from artifacts.digest import canonical_json, digest_bytes, digest_file
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable
 from artifacts.intent import intent
 from artifacts.record import WITHDRAWN, Record, payload_key
+from artifacts.sole_writer import SoleWriter
 from artifacts.store import Store, new_record
 from artifacts.trees import Tree, check_path, object_key, object_keys
 
@@ -390,3 +391,19 @@ def test_publish_commits_what_it_stored(store: Store, tmp_path: Path) -> None:
     assert not list(store.backend.list("v1/intent/"))
     [(_, size), blob] = object_keys(store, standing.output)
     assert store.backend.size(f"v1/tree/{standing.output[:2]}/{standing.output}") == size and blob[1] == 3
+
+
+def test_an_earlier_write_that_comes_back_undoes_nothing() -> None:
+    """A writer that is alone is told when an older write of its own stands there again, and writes anew."""
+    backend = Store.open("memory://sole-writer").backend
+    writer = SoleWriter(backend, "v1/run/active-1.json")
+    for data in (b"1", b"2", b"2"):
+        writer.write(data)
+    with pytest.raises(Conflict):
+        backend.put("v1/run/active-1.json", b"1", if_absent=True)  # the first write, carried out again
+    backend.put("v1/run/active-1.json", b"1")
+    writer.write(b"3")
+    assert backend.get("v1/run/active-1.json").data == b"3"
+    backend.delete("v1/run/active-1.json")
+    writer.write(b"4")
+    assert backend.get("v1/run/active-1.json").data == b"4"

@@ -12,6 +12,7 @@ from artifacts.digest import canonical_json
 from artifacts.errors import Damaged, StoreError
 from artifacts.intent import wait_until_spared
 from artifacts.mark import ACTIVE_RUNS, record_key
+from artifacts.sole_writer import SoleWriter
 from tasks.worker import Spec, Surroundings, execute
 from tests.simulation.ledger import TIME_TO_LIVE, Work
 from tests.simulation.machine import CLOCK
@@ -42,6 +43,7 @@ class Run:
         self._remember = remember
         self._process = schedule.world.current
         self._active = f"{ACTIVE_RUNS}{uuid.uuid4().hex}.json"
+        self._note = SoleWriter(self._store.backend, self._active)
         self._outputs: dict[str, str] = {}
         self._named: dict[str, dict[str, str]] = {}
 
@@ -113,7 +115,7 @@ class Run:
 
     def _announce(self) -> None:
         """Say which records the run will rely on, and wait while a collection deletes one of them."""
-        self._store.backend.put(self._active, canonical_json({"schema": 1, **self._describe(complete=False)}))
+        self._note.write(canonical_json({"schema": 1, **self._describe(complete=False)}))
         keys = frozenset(record_key(node["stage"], node["key"]) for node in self._named.values())
         wait_until_spared(self._store.backend, keys, CLOCK)
 

@@ -12,7 +12,7 @@ from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged, NotFound, StoreError
 from artifacts.intent import CONDEMNED, TAKEOVER_SECONDS, read_condemned
 from artifacts.keep import read_pin
-from artifacts.mark import ACTIVE_RUNS, Where, is_note, record_key
+from artifacts.mark import ACTIVE_RUNS, Where, is_note, record_key, withdrawn_by
 from artifacts.store import Store, parse_run
 from artifacts.trail import PINS, TRAIL, read_trail
 
@@ -91,8 +91,7 @@ def _withdrawn(backend: Backend) -> set[str]:
     found = set()
     for entry in backend.list("v1/trash/"):
         if is_note(entry.key):
-            stage, _, rest = entry.key.removeprefix("v1/trash/").rpartition("-")[0].rpartition("-")
-            found.add(record_key(stage, rest))
+            found.add(record_key(*withdrawn_by(entry.key)))
     for entry in read_trail(backend):
         found.update(map(str, entry.details.get("records", [])))
     return found

@@ -168,10 +168,7 @@ class StoredCheckpoints:
             body = seal({"fence": self.fence, "checkpoints": kept})
             dropped = [str(p["name"]) for p in pointers if p not in kept]
             try:
-                if etag is None:
-                    self.backend.put(f"{self._root}/LATEST", body, if_absent=True)
-                else:
-                    self.backend.put(f"{self._root}/LATEST", body, if_match=etag)
+                self.backend.put(f"{self._root}/LATEST", body, if_absent=etag is None, if_match=etag)
             except (Conflict, NotFound):
                 continue  # it changed, or the reply to this very write was lost: look again
             return dropped

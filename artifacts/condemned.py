@@ -203,10 +203,7 @@ class CondemnedList:
         data = canonical_json({"schema": 1, **body, "keys": self._keys})
         sent = self._clock.monotonic()
         try:
-            if etag is None:
-                self._etag = self._backend.put(CONDEMNED, data, if_absent=True)
-            else:
-                self._etag = self._backend.put(CONDEMNED, data, if_match=etag)
+            self._etag = self._backend.put(CONDEMNED, data, if_absent=etag is None, if_match=etag)
         except (Conflict, NotFound):
             # The refusal may answer a retry of our own write whose first reply was lost: the nonce tells.
             found: Condemned | None = read_condemned(self._backend)

@@ -299,6 +299,12 @@ def is_note(key: str) -> bool:
     return key.endswith(".json") and not key.startswith((CONDEMNED, PENDING))
 
 
+def withdrawn_by(note: str) -> tuple[str, str]:
+    """(stage or `run`, key or id) of what a note in the trash is about; not checked."""
+    kind, _, key = note.rpartition("/")[2].rpartition("-")[0].rpartition("-")
+    return kind, key
+
+
 def by_digest(store: Store, kind: str) -> Iterator[tuple[str, Entry]]:
     """(digest, entry) of every object of a kind (`cas`, `tree`, `parts`) whose name is a digest."""
     for entry in store.backend.list(f"v1/{kind}/"):

@@ -67,10 +67,7 @@ class Pending:
         old = [key for _, key in self.shards]
         data = canonical_json({"schema": 1, "shards": [list(row) for row in written]})
         try:
-            if self._etag is None:
-                self._etag = self._backend.put(INDEX, data, if_absent=True)
-            else:
-                self._etag = self._backend.put(INDEX, data, if_match=self._etag)
+            self._etag = self._backend.put(INDEX, data, if_absent=self._etag is None, if_match=self._etag)
         except (Conflict, NotFound):
             # The refusal may answer a retry of our own write: the names of the shards tell.
             stored = self._backend.get_many([INDEX])[INDEX]

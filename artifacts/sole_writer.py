@@ -29,10 +29,7 @@ class SoleWriter:
         """
         for _ in range(ATTEMPTS):
             try:
-                if self._etag is None:
-                    self._etag = self._backend.put(self._key, data, if_absent=True)
-                else:
-                    self._etag = self._backend.put(self._key, data, if_match=self._etag)
+                self._etag = self._backend.put(self._key, data, if_absent=self._etag is None, if_match=self._etag)
                 return
             except (Conflict, NotFound):
                 # It may answer the second attempt of a write whose first reply was lost.

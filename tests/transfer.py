@@ -20,6 +20,18 @@ def plain_s3fs(**settings: Any) -> Any:
     return s3fs.S3FileSystem(skip_instance_cache=True, default_block_size=16 << 20, max_concurrency=4, **settings)
 
 
+def plain_path(url: str, key: str) -> str:
+    """What s3fs calls the object `key` of the store at `url`."""
+    return f"{url.removeprefix('s3://')}/{key}"
+
+
+def one_file(folder: Path, data: bytes) -> Path:
+    """A new folder with one file."""
+    folder.mkdir()
+    (folder / "weights").write_bytes(data)
+    return folder
+
+
 def main() -> None:
     """Do what the command line says."""
     way, url, name, path = sys.argv[1:]

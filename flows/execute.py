@@ -2,7 +2,8 @@
 
 `StudyRun.node` does one node whose inputs are done. The direct engine calls it for every node in order; the Prefect
 engine calls it from inside a task run. A worker that finds an input blob missing or damaged makes that input's record
-invalid, its producer runs again, and then the worker is tried once more.
+invalid, its producer runs again, and then the worker is tried once more: for as long as that gets anywhere, however many
+of its inputs were damaged.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from tasks.identity import stage_key
 from tasks.worker import Spec
 
 ATTEMPTS = 3
-"""Times that a node is tried when an input turns out damaged; each attempt first remakes what was damaged."""
+"""Times that one output is made anew in a run because it is damaged, and that a node is tried again where none had to be."""
 
 Watcher = Callable[[str, dict[str, Any]], None]
 
@@ -77,6 +79,8 @@ class StudyRun:
     _priority: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _healing: dict[str, threading.Lock] = field(default_factory=dict)
+    _remade: Counter[str] = field(default_factory=Counter)
+    """Node -> how often its output was made anew in this run, because it was damaged."""
 
     @property
     def planner(self) -> Planner:
@@ -102,7 +106,9 @@ class StudyRun:
         return known or self._obtain(self.graph[name])
 
     def _obtain(self, node: Node) -> Outcome:
-        for _ in range(ATTEMPTS):
+        left = ATTEMPTS
+        while left >= 0:
+            before = self._times_remade(node)
             payload, symbols = self._identity(node)
             key = stage_key(payload)
             if (record := self._lookup(node, key)) is not None:
@@ -114,13 +120,23 @@ class StudyRun:
                 raise RunStopped(f"{node.name}: {message['message']}")
             if message["event"] == "damaged" and message.get("tree") is not None:
                 self._heal(node, message)
-                continue
-            if message["event"] == "damaged" and message.get("record"):
+            elif message["event"] == "damaged" and message.get("record"):
                 self.store.withdraw_damaged(*message["record"], message["message"])
-                continue
-            self._fail(node.name, message)
-        message = "its inputs were damaged again after they had been remade; check the disk of the store"
-        self._fail(node.name, {"message": message})
+            else:
+                self._fail(node.name, message)
+            left -= self._times_remade(node) == before
+        tries = f"{ATTEMPTS + 1} times, though none of its inputs had to be made anew"
+        self._fail(
+            node.name, {"message": f"what it reads was damaged {tries}; {self._advice}; last: {message['message']}"}
+        )
+
+    def _times_remade(self, node: Node) -> int:
+        """How often an input of the node was made anew: while that grows, another attempt may succeed."""
+        return sum(self._remade[source] for source in set(node.inputs.values()))
+
+    @property
+    def _advice(self) -> str:
+        return f"check the disks of the store {self.store.backend.url} and of {self.scratch}, then run the same command again"
 
     def _lookup(self, node: Node, key: str) -> Record | None:
         try:
@@ -190,6 +206,10 @@ class StudyRun:
                 record = self.store.lookup(outcome.stage, outcome.key)
                 if outcome.output != message["tree"] or self._readable(outcome.output):
                     continue
+                if self._remade[source] == ATTEMPTS:
+                    often = f"its input {source} was damaged again after it had been made anew {ATTEMPTS} times"
+                    self._fail(node.name, {"message": f"{often}; {self._advice}; last: {message['message']}"})
+                self._remade[source] += 1
                 self.watch(source, {"event": "log", "message": f"made again, because {message['message']}"})
                 if record is not None and record.output == outcome.output:
                     self.store.invalidate(record, message["message"])

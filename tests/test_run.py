@@ -9,14 +9,17 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from artifacts.store import Store
-from flows.execute import StageFailed
+from flows.execute import StageFailed, StudyRun, run_in_order
 from flows.graph import Graph, GraphError, Node
+from flows.workers import Hardware, WorkerPool
+from tasks.worker import Spec
 from tests import toy_stages as toys
-from tests.toy_study import digests, plan, run, toy_graph
+from tests.toy_study import digests, plan, planner, run, toy_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,6 +215,70 @@ def test_damage_two_generations_up(local: Store, tmp_path: Path) -> None:
     study = run(toy_graph(seed=1), local, tmp_path)
     assert not study.failures
     assert executed(study) == {"a", "constant", "slow", "join"}
+
+
+def lose(store: Store, output: str) -> None:
+    """Delete the one blob of an output."""
+    [file] = store.tree(output).files
+    store.backend.delete(f"v1/cas/{file.digest[:2]}/{file.digest}")
+
+
+def test_every_input_of_a_node_may_be_damaged(local: Store, tmp_path: Path) -> None:
+    """However many inputs of one node are damaged, one run makes all of them again, each once, and goes on."""
+    first = run(toy_graph(), local, tmp_path)
+    inputs = ("constant", "b", "slow")
+    for name in inputs:
+        lose(local, first.outcomes[name].output)
+    standing = local.lookup("join", first.outcomes["join"].key)
+    assert standing is not None and local.withdraw(standing, {"reason": "a test"})
+    logs: list[str] = []
+    watch = lambda node, message: logs.append(node) if "made again" in message.get("message", "") else None  # noqa: E731
+    study = run(toy_graph(), local, tmp_path, watch=watch)
+    assert not study.failures and executed(study) == {*inputs, "join"} and sorted(logs) == sorted(inputs)
+    assert digests(study) == digests(first)
+
+
+def test_an_input_that_is_damaged_again_and_again(local: Store, tmp_path: Path) -> None:
+    """On a disk that loses an output whenever it is made, the run gives up after three times, and says which it was."""
+    first = run(toy_graph(), local, tmp_path)
+    made: list[str] = []
+
+    def watch(node: str, message: dict) -> None:
+        if node == "b" and message["event"] == "done":
+            made.append(node)
+            lose(local, first.outcomes["b"].output)
+
+    lose(local, first.outcomes["b"].output)
+    study = run(toy_graph(seed=1), local, tmp_path, watch=watch)
+    assert len(made) == 3 and executed(study) == {"b", "slow"}
+    assert "input b was damaged again after it had been made anew 3 times" in study.failures["join"]
+    assert local.backend.url in study.failures["join"]
+    assert executed(run(toy_graph(seed=1), local, tmp_path)) == {"b", "join"}
+
+
+def test_a_worker_that_only_says_that_an_input_is_damaged(local: Store, tmp_path: Path) -> None:
+    """Where nothing is wrong with the inputs, nothing is made again, and the stage is tried a few times only."""
+    first, tried = run(toy_graph(), local, tmp_path), []
+
+    class Pool(WorkerPool):
+        def run(self, spec: Spec, **options: Any) -> dict[str, Any]:
+            if spec.node != "join":
+                return super().run(spec, **options)
+            tried.append(spec.node)
+            return {"event": "damaged", "tree": first.outcomes["b"].output, "message": "a bad disk of its own"}
+
+    study = StudyRun(
+        graph=(graph := toy_graph(seed=1)),
+        store=local,
+        pool=(pool := Pool(Hardware("cpu", (), 2))),
+        scratch=tmp_path,
+        _planner=planner(graph, local),
+    )
+    run_in_order(study)
+    pool.close()
+    assert len(tried) == 4 and executed(study) == {"slow"}
+    assert "none of its inputs had to be made anew" in study.failures["join"]
+    assert "a bad disk of its own" in study.failures["join"]
 
 
 def test_undecodable_record_is_made_again(local: Store, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 EXPECTED = ("StoreUnavailable", "LeaseLost")
 """Errors that a worker may fail with, and be started again."""
 ATTEMPTS = 3
-"""Times that a stage is tried, each time after what was damaged has been withdrawn."""
+"""Times that one output is made anew because it is damaged, and that a stage is tried again where none had to be."""
 
 NOT_YET = "0" * 64
 """Stands for an output in the note of a run under way."""
@@ -46,6 +47,7 @@ class Run:
         self._note = SoleWriter(self._store.backend, self._active)
         self._outputs: dict[str, str] = {}
         self._named: dict[str, dict[str, str]] = {}
+        self._remade: Counter[str] = Counter()
 
     def run(self) -> bool:
         """Every stage; False if the run failed."""
@@ -66,7 +68,9 @@ class Run:
     def _obtain(self, name: str) -> None:
         """The output of a stage, executed or adopted; what it finds damaged is withdrawn and made again."""
         schedule, node = self._schedule, self._nodes[name]
-        for _ in range(ATTEMPTS):
+        left = ATTEMPTS
+        while left >= 0:
+            before = sum(self._remade[source] for source in node.above)
             spec = self._spec(node)
             self._named[name] = {"stage": "counting", "key": spec.key, "output": self._outputs.get(name, NOT_YET)}
             if self._remember:
@@ -84,6 +88,7 @@ class Run:
                 self._store.withdraw_damaged(*message["record"], message["message"])
             else:
                 break
+            left -= sum(self._remade[source] for source in node.above) == before
         schedule.world.counts[f"workers that {message['event']}"] += 1
         if message["event"] == "failed" and message["kind"] not in EXPECTED:
             schedule.ledger.violated(f"crash: {message['kind']}: {message['message']}")
@@ -95,6 +100,9 @@ class Run:
             record = self._store.lookup("counting", self._named[source]["key"])
             if tree != message["tree"] or self._readable(tree):
                 continue
+            if self._remade[source] == ATTEMPTS:
+                raise RunFailed
+            self._remade[source] += 1
             self._schedule.world.counts["stages healed"] += 1
             if record is not None and record.output == tree:
                 self._store.invalidate(record, message["message"])

@@ -2,7 +2,8 @@
 
 Workers run a small graph of stages on one to three machines and are started again when they end before their time, until
 the accidents are used up. Then a fresh worker on a machine of its own has to finish every key within a bounded time,
-whatever the others left behind, and processes that were stopped all along wake up and find that they are no longer needed.
+whatever the others left behind and whatever rots meanwhile, and processes that were stopped all
+along wake up and find that they are no longer needed.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Plan:
     collectors: int
     """Collections beside the workers, in a store with a past; 0 for an empty store."""
     rots: int
-    """Objects that rot, at random times."""
+    """Objects that rot, at random times, also while the fresh worker is at it: no more than a run heals of one output."""
     repairs: int
     """Repairs beside the workers."""
     forgets: int

@@ -103,8 +103,9 @@ def _remove(backend: Backend, key: str, cutoff: float, clock: Clock) -> bool:
             lease.release()
             return False
         lease.confirm()
-        backend.delete(f"v1/wip/{key}/LATEST")
-        backend.delete_many([entry.key for entry in entries])
+        backend.delete(pointer := f"v1/wip/{key}/LATEST")
+        # Under names that nobody uses twice, unlike the pointer, which may be a new worker's by then.
+        backend.delete_many([entry.key for entry in entries if entry.key != pointer])
         lease.confirm()
         lease.remove()
     except (LeaseLost, NotFound):

@@ -74,10 +74,14 @@ def fleet(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flee
     return Fleet(store.backend, tmp_path / "fleet", monkeypatch)
 
 
+@pytest.mark.parametrize("when", ["long after", "at the same moment"])
 def test_a_list_that_is_replaced_while_a_collection_looks_keeps_its_blobs(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """A machine with another compression replaces the parts list between the two looks: what it names now is kept."""
+    """A machine with another compression replaces the parts list between the two looks: what it names now is kept.
+
+    Also where the list is of the same size, and of the same time by the store's clock, as the one that was read.
+    """
     first = fleet.publish(level=1)
     old = fleet.blobs()
     second = fleet.publish(level=9)
@@ -85,6 +89,10 @@ def test_a_list_that_is_replaced_while_a_collection_looks_keeps_its_blobs(
     fleet.backend.now += 8 * DAY
     assert collect(fleet.store).marked.objects > 0
     fleet.backend.now += 8 * DAY
+    if when == "at the same moment":
+        fleet.publish(level=1)
+        fleet.publish(level=9)
+    [standing] = fleet.backend.list("v1/parts/")
     put, third = fleet.backend.put, []
 
     def before_condemning(key: str, data: bytes, **conditions: Any) -> str:
@@ -95,6 +103,7 @@ def test_a_list_that_is_replaced_while_a_collection_looks_keeps_its_blobs(
 
     monkeypatch.setattr(fleet.backend, "put", before_condemning)
     collect(fleet.store)
+    assert ([standing] == list(fleet.backend.list("v1/parts/"))) == (when == "at the same moment")
     assert fleet.blobs() == old
     assert all(fleet.readable(record) for record in (first, second, *third))
 

@@ -164,6 +164,27 @@ def test_dispossessed_worker_recreates_no_checkpoints(store: Store, tmp_path: Pa
     assert not list(store.backend.list("v1/wip/"))
 
 
+def test_a_lease_that_is_lost_while_a_checkpoint_is_sent(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The winner takes over, finishes and discards in the middle of a save: it makes no pointer anew, and leaves nothing."""
+    lease = Lease(store.backend, "k" * 64, 0.0, holder={"machine": "another", "pid": 1, "started": 1})
+    assert lease.try_acquire()
+    old = StoredCheckpoints(store.backend, "k" * 64, lease.fence, confirm=lease.confirm)
+    put_file, winner = store.backend.put_file, Lease(store.backend, "k" * 64)
+
+    def then_lose(key: str, path: Path, **more: Any) -> None:
+        put_file(key, path, **more)
+        assert winner.try_acquire()
+        StoredCheckpoints(store.backend, "k" * 64, winner.fence).discard()
+        winner.release()
+
+    monkeypatch.setattr(store.backend, "put_file", then_lose)
+    with pytest.raises(LeaseLost, match="another worker"):
+        old.save(1, folder(tmp_path, s="1"))
+    assert not list(store.backend.list("v1/wip/"))
+
+
 def test_empty_checkpoint_is_refused(tmp_path: Path) -> None:
     """A checkpoint of a missing or empty folder is an error: it could not be resumed from."""
     checkpoints = StoredCheckpoints(Store.open("memory://empty-checkpoint").backend, "k" * 64, 1)

@@ -258,6 +258,18 @@ def test_a_blob_that_was_sent_anew_is_not_removed(made: Made, how: str) -> None:
     assert not backend.hooks and made.store.backend.get(key).data == b"1, 2, 3"
 
 
+def test_a_record_that_does_not_stand_any_more_is_not_withdrawn(made: Made) -> None:
+    """Who saw damage under a record that was made anew since changes nothing: it is for those who see it now to judge."""
+    assert made.store.withdraw(made.numbers, {"reason": "a test"})
+    anew = made.store.commit(replace(made.numbers, commit="anew"))
+    key = object_key("cas", made.files(made.numbers)["table"])
+    harm(made.store, key, key, "flip")
+    before = {entry.key: entry for entry in made.store.backend.list("v1/")}
+    assert not made.store.invalidate(made.numbers, "its blob was damaged")
+    assert {entry.key: entry for entry in made.store.backend.list("v1/")} == before
+    assert made.store.invalidate(anew, "its blob was damaged") and made.store.backend.size(key) is None
+
+
 def test_repair_spares_what_a_writer_relies_on(made: Made) -> None:
     """A damaged blob that no output needs is left while a writer has announced it: he may be about to send it."""
     key = object_key("cas", made.files(made.numbers)["table"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +35,7 @@ study = test_collect.study
 
 
 class Stalling(AgingBackend):
-    """An aging backend that calls `stall` when a list of condemned objects was put, after each deletion, and where it is told."""
+    """An aging backend that calls `stall` before and after each write and deletion, and after each listing."""
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
@@ -53,6 +55,7 @@ class Stalling(AgingBackend):
 
     def delete_many(self, keys: Iterable[str]) -> None:
         for key in keys:
+            self.stall("before delete", key)
             self.delete(key)
             self.stall("delete", key)
 
@@ -86,6 +89,33 @@ def test_a_collection_that_stands_still_in_a_batch_deletes_nothing_of_the_rest(a
     with pytest.raises(StoreUnavailable, match="stood still"):
         collect(aged, clock=clock)
     assert len(deleted) == 1 and objects(aged) == before - {*deleted}
+
+
+def test_a_record_that_is_made_anew_waits_for_the_deletion_of_what_stands_there(aged: Store, study: Study) -> None:
+    """The word that a record was withdrawn is being deleted: a record that took its place now would go with it."""
+    record = study.make("sft", a="made")
+    assert aged.withdraw(record, {"reason": "a test"})
+    pass_days(aged, 8)
+    collect(aged)
+    pass_days(aged, 8)
+    going_on = threading.Event()
+    writer = Store(aged.backend, clock=FastClock(lambda: (going_on.set(), time.sleep(0.01))))
+
+    def write() -> None:
+        writer.commit(record)
+        going_on.set()
+
+    def stall(verb: str, key: str) -> None:
+        if verb == "before delete" and key.startswith("v1/act/"):
+            threads.append(threading.Thread(target=write))
+            threads[-1].start()
+            assert going_on.wait(20)
+
+    threads: list[threading.Thread] = []
+    aged.backend.stall = stall
+    collect(aged)
+    threads[0].join(20)
+    assert aged.lookup("sft", record.key) == record
 
 
 @pytest.mark.parametrize("pause", [0.0, SHORTEST_PAUSE], ids=["answered at once", "answered late"])

@@ -225,17 +225,23 @@ def lose(store: Store, output: str) -> None:
 
 def test_every_input_of_a_node_may_be_damaged(local: Store, tmp_path: Path) -> None:
     """However many inputs of one node are damaged, one run makes all of them again, each once, and goes on."""
-    first = run(toy_graph(), local, tmp_path)
-    inputs = ("constant", "b", "slow")
+    inputs = [f"input{number}" for number in range(6)]
+
+    def graph(text: str) -> Graph:
+        made = Graph()
+        for name in inputs:
+            made.add(Node(name=name, stage=toys.source, config=toys.TextConfig(text=name)))
+        above = {name: name for name in inputs}
+        made.add(Node(name="join", stage=toys.join, config=toys.TextConfig(text=text), inputs=above))
+        return made
+
+    first = run(graph("before"), local, tmp_path)
     for name in inputs:
         lose(local, first.outcomes[name].output)
-    standing = local.lookup("join", first.outcomes["join"].key)
-    assert standing is not None and local.withdraw(standing, {"reason": "a test"})
     logs: list[str] = []
     watch = lambda node, message: logs.append(node) if "made again" in message.get("message", "") else None  # noqa: E731
-    study = run(toy_graph(), local, tmp_path, watch=watch)
-    assert not study.failures and executed(study) == {*inputs, "join"} and sorted(logs) == sorted(inputs)
-    assert digests(study) == digests(first)
+    study = run(graph("after"), local, tmp_path, watch=watch)
+    assert not study.failures and executed(study) == {*inputs, "join"} and sorted(logs) == inputs
 
 
 def test_an_input_that_is_damaged_again_and_again(local: Store, tmp_path: Path) -> None:
@@ -244,7 +250,7 @@ def test_an_input_that_is_damaged_again_and_again(local: Store, tmp_path: Path) 
     made: list[str] = []
 
     def watch(node: str, message: dict) -> None:
-        if node == "b" and message["event"] == "done":
+        if node == "b" and message["event"] == "done" and len(made) < 9:
             made.append(node)
             lose(local, first.outcomes["b"].output)
 
@@ -265,7 +271,8 @@ def test_a_worker_that_only_says_that_an_input_is_damaged(local: Store, tmp_path
             if spec.node != "join":
                 return super().run(spec, **options)
             tried.append(spec.node)
-            return {"event": "damaged", "tree": first.outcomes["b"].output, "message": "a bad disk of its own"}
+            event = "damaged" if len(tried) < 9 else "failed"
+            return {"event": event, "tree": first.outcomes["b"].output, "message": "a bad disk of its own"}
 
     study = StudyRun(
         graph=(graph := toy_graph(seed=1)),

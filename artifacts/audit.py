@@ -23,7 +23,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from artifacts.audit_roots import STRAY, check_roots, named
+from artifacts.audit_roots import STRAY, STRAY_KIND, check_roots, named
 from artifacts.backend import Backend
 from artifacts.digest import update_from
 from artifacts.download import READINGS
@@ -52,7 +52,8 @@ class Finding:
     """One object that is not what it should be."""
 
     kind: str
-    """`record`, `tree`, `parts list`, `blob`, `run`, `pin`, `checkpoint`, `condemned list`, `audit entry`; `stray` is none."""
+    """`record`, `tree`, `parts list`, `blob`, `run`, `pin`, `checkpoint`, `condemned list`, `audit entry`; or `stray`: a file
+    that belongs to nothing."""
     key: str
     """Of the object in the store."""
     problem: str
@@ -81,8 +82,18 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True when nothing was found."""
-        return not self.findings
+        """True when nothing is damaged."""
+        return not self.damage
+
+    @property
+    def damage(self) -> list[Finding]:
+        """What is not what it should be."""
+        return [finding for finding in self.findings if finding.kind != STRAY_KIND]
+
+    @property
+    def strays(self) -> list[Finding]:
+        """Files that have no business in the store, and do it no harm."""
+        return [finding for finding in self.findings if finding.kind == STRAY_KIND]
 
     def describe(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -92,7 +103,8 @@ class Verification:
             "checked": {kind: tally.describe() for kind, tally in self.checked.items()},
             "not_read": self.not_read.describe(),
             "collected_inputs": self.collected_inputs,
-            "damage": [finding.describe() for finding in self.findings],
+            "damage": [finding.describe() for finding in self.damage],
+            "strays": [finding.describe() for finding in self.strays],
         }
 
 
@@ -147,7 +159,7 @@ class _Verifier:
 
     def _look_again(self) -> None:
         """Drop what was missing for a moment only, and what was damaged and is gone."""
-        if self.result.ok:
+        if not self.result.findings:
             return
         again = _Verifier(self._store, 0.0, 0, self._progress)
         again.check_papers()
@@ -173,7 +185,7 @@ class _Verifier:
     def _check_records(self) -> None:
         keys = {entry.key: record_of(entry.key) for entry in self._backend.list("v1/act/")}
         for key in [key for key, where in keys.items() if where is None or not is_stage(where[0])]:
-            self._found("stray", named(key), STRAY)
+            self._found(STRAY_KIND, named(key), STRAY)
             del keys[key]
         for key, stored in self._read(list(keys)):
             where = keys[key]

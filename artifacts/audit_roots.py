@@ -23,6 +23,7 @@ Problem = tuple[str, str, str]
 Count = Callable[[str, int], None]
 
 
+STRAY_KIND = "stray"
 STRAY = "does not belong here, and is left alone; remove it by hand"
 
 
@@ -51,7 +52,7 @@ def check_roots(store: Store, records: Container[Where], count: Count) -> Iterat
             strays.append(entry)
     for key in sorted(names):
         yield from _check_checkpoints(backend, key, count)
-    yield from (("stray", named(entry.key), STRAY) for entry in strays)
+    yield from ((STRAY_KIND, named(entry.key), STRAY) for entry in strays)
     for key, data in _objects(backend, _entries(backend, TRAIL)):
         count("audit entry", len(data))
         if (problem := root_problem(key, data)) is not None:

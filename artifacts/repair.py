@@ -64,7 +64,8 @@ class Repair:
         """Plain data for `--json`."""
         return {
             "dry_run": self.dry_run,
-            "damage": [finding.describe() for finding in self.verification.findings],
+            "damage": [finding.describe() for finding in self.verification.damage],
+            "strays": [finding.describe() for finding in self.verification.strays],
             "fixed": self.fixed,
             "removed": self.removed,
             "withdrawn": [
@@ -114,7 +115,7 @@ class _Repairer:
     def run(self) -> Repair:
         """Mend what was found, then what only shows now that records and runs are back, until nothing new does."""
         verification, seen = self.result.verification, set[str]()
-        while new := {f.key: f for f in verification.findings if f.key not in seen}:
+        while new := {f.key: f for f in verification.damage if f.key not in seen}:
             self._bad, self._left = new, set(new)
             seen.update(new)
             if verification.newer:
@@ -125,7 +126,7 @@ class _Repairer:
                 break
             again = verify(self._store, sample=0.0)
             verification.records, verification.newer = again.records, again.newer
-            verification.findings += [finding for finding in again.findings if finding.key not in seen]
+            verification.findings += [finding for finding in again.damage if finding.key not in seen]
         return self.result
 
     def _mend(self) -> None:
@@ -146,7 +147,7 @@ class _Repairer:
     def _note(self) -> None:
         """Say in the trail what was put back, and what is about to be withdrawn and removed: a repair may be killed."""
         withdrawn = [record_key(record.stage, record.key) for record, _ in self.result.withdrawn]
-        left = [self._bad[key] for key in self._left if self._bad[key].kind != "stray"]
+        left = [self._bad[key] for key in self._left]
         there = {finding.key for finding in left if not finding.problem.startswith("is missing")}
         note(
             self._store.backend,
@@ -342,9 +343,6 @@ class _Repairer:
             self._put(finding.key, copy[0].data, copy[1])
 
     def _drop(self, finding: Finding) -> None:
-        if finding.kind == "stray":
-            self._say(f"{finding.key}: {finding.problem}")
-            return
         if finding.problem.startswith("is missing"):
             if finding.kind == "pin" and self._store.backend.size(finding.key) is None:
                 self._note_unpinned(finding)

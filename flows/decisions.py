@@ -12,11 +12,12 @@ from typing import Any
 
 from artifacts.digest import is_digest
 from artifacts.errors import Damaged, StoreError
+from artifacts.presence import require_stored
 from artifacts.record import Record
 from artifacts.store import Store
 from flows.display import clock, tell_result
 from flows.export import ExportError
-from flows.session import open_store
+from flows.session import open_stored
 
 Command = Callable[..., argparse.ArgumentParser]
 
@@ -102,7 +103,7 @@ def _by_key(options: argparse.Namespace, store: Store, start: str) -> Record:
     for run in runs:
         for name, node in run.nodes.items():
             if node["output"].startswith(start):
-                raise ExportError(f"{start[:64]} is an output, that of {name} in run {run.id[:12]}, not a key; its key is "
+                raise ExportError(f"{start[:64]} is an output, that of {name} in run {run.short}, not a key; its key is "
                                   f"{node['key'][:12]}")  # fmt: skip
     if gone := withdrawals(store, lambda kind, key: key.startswith(start)):
         raise ExportError(f"{start[:64]} was {gone[0]}")
@@ -114,7 +115,7 @@ def _by_key(options: argparse.Namespace, store: Store, start: str) -> Record:
 def _forget(options: argparse.Namespace) -> int:
     from artifacts.keep import SHORTEST_KEY, find_record, forget, forget_run, restore
 
-    store, what = open_store(options.store), options.what
+    store, what = open_stored(options.store), options.what
     if options.undo:
         key = restore(store, _forgotten_key(options, store), options.output)
         tell_result({"restored": key}, f"restored {key}", as_json=options.json)
@@ -159,7 +160,7 @@ def _forgotten_key(options: argparse.Namespace, store: Store) -> str:
 def _pin(options: argparse.Namespace) -> int:
     from artifacts.keep import pin
 
-    store = open_store(options.store)
+    store = open_stored(options.store)
     name, record = _named(options, store, options.what)
     label = options.label or re.sub(r"[^A-Za-z0-9_.@-]", "-", name)
     made = pin(store, label, {name: record}, options.because or "")
@@ -170,7 +171,7 @@ def _pin(options: argparse.Namespace) -> int:
 def _unpin(options: argparse.Namespace) -> int:
     from artifacts.keep import unpin
 
-    unpin(open_store(options.store), options.label, options.because or "")
+    unpin(open_stored(options.store), options.label, options.because or "")
     tell_result({"unpinned": options.label}, f"{options.label} is not pinned any more", as_json=options.json)
     return 0
 
@@ -183,6 +184,7 @@ def _accept(options: argparse.Namespace) -> int:
         raise StoreError("accept: name one node or key of the plan, or give --all")
     if options.although_it_differs and options.old is None:
         raise StoreError("accept: --although-it-differs needs the key of the record to take, OLD, after the node")
+    require_stored(study.store.backend)
     taken: list[dict[str, str]] = []
     if options.all:
         while some := [r for r in study.plan().values() if _acceptable(r)]:

@@ -28,6 +28,7 @@ from artifacts.lease import this_process
 from artifacts.presence import is_started
 from artifacts.probe import examine
 from artifacts.store import Store
+from flows.experiment import ConfigError
 from flows.session import PROJECT, scratch_folder, store_url
 
 GIB = 1 << 30
@@ -69,7 +70,7 @@ def examine_all(store: str | None) -> Iterator[Check]:
         return
     yield _guarded("credentials", lambda: _credentials(opened.backend))
     yield from store_checks(opened.backend)
-    yield _scratch(scratch_folder(opened))
+    yield _guarded("scratch folder", lambda: _scratch(scratch_folder(opened)))
     yield _accelerator()
 
 
@@ -114,7 +115,7 @@ def _unmade(folder: Path) -> Check:
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
-    except StoreError as error:
+    except (StoreError, ConfigError) as error:
         return Check(name, "error", str(error))
 
 

@@ -7,6 +7,7 @@ names file, field, value and what is accepted.
 
 from __future__ import annotations
 
+import contextlib
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +38,24 @@ SHARED = ("seed", "policy")
 
 class ConfigError(Exception):
     """The experiment is not valid. The message lists every mistake; nothing was run."""
+
+
+def given_path(named: str, text: str) -> Path:
+    """The whole path of what a person wrote as `named`, with a home folder in the place of `~`; it may not exist.
+
+    Raises:
+        ConfigError: no file or folder can have that path: there is no such home folder, a link leads to itself, ...
+    """
+    try:
+        path = Path(text).expanduser().resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+        return path
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise ConfigError(
+            f"{named}: {text[:200]!r} leads nowhere: {reason}; write the path of a file or folder"
+        ) from error
 
 
 class SFT(SFTTreatmentConfig):

@@ -45,6 +45,7 @@ class Result:
             "executed": executed,
             "cached": len(self.outcomes) - executed,
             "failed": len(self.failures),
+            "accepted": self.accepted,
             "report": None if self.report is None else str(self.report),
             "results": None if self.report is None else str(self.report.with_name("results.json")),
         }

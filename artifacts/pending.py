@@ -65,13 +65,13 @@ class Pending:
                 self._backend.put(name, canonical_json({"keys": some[start : start + SHARD_KEYS]}))
                 written.append((time, name))
         old = [key for _, key in self.shards]
-        data = canonical_json({"schema": 1, "shards": [list(row) for row in written]})
+        data = canonical_json({"schema": 1, "nonce": uuid.uuid4().hex, "shards": [list(row) for row in written]})
         try:
             self._etag = self._backend.put(INDEX, data, if_absent=self._etag is None, if_match=self._etag)
         except (Conflict, NotFound):
-            # The refusal may answer a retry of our own write: the names of the shards tell.
+            # The refusal may answer a retry of our own write: the nonce tells.
             stored = self._backend.get_many([INDEX])[INDEX]
-            if stored is None or stored.data != data or not written:
+            if stored is None or stored.data != data:
                 self._backend.delete_many([key for _, key in written])
                 raise Conflict(
                     f"another collection of the store {self._backend.url} finished meanwhile; run it again later"

@@ -172,10 +172,11 @@ class S3Backend:
                     continue
                 try:
                     parts = self._call("list", "list_parts", key, UploadId=upload["UploadId"]).get("Parts", [])
-                    if not dry_run:
-                        self._call("delete", "abort_multipart_upload", key, UploadId=upload["UploadId"])
                 except NotFound:
                     continue  # it was finished or aborted meanwhile
+                if not dry_run:
+                    with contextlib.suppress(NotFound):  # it was, or the reply to the first request was lost
+                        self._call("delete", "abort_multipart_upload", key, UploadId=upload["UploadId"])
                 left.append(Entry(key, sum(part["Size"] for part in parts), started))
             if not page.get("IsTruncated"):
                 return left

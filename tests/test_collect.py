@@ -12,9 +12,10 @@ import pytest
 
 from artifacts.collect import GRACE_SECONDS, NO_RECORD, collect
 from artifacts.digest import canonical_json
-from artifacts.errors import Damaged, StoreError, StoreUnavailable
+from artifacts.errors import Conflict, Damaged, StoreError, StoreUnavailable
 from artifacts.intent import CONDEMNED, intent, read_condemned, set_free
 from artifacts.lease import Lease
+from artifacts.pending import Pending
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, new_record
 from tests.aging import DAY, AgingBackend, FastClock
@@ -350,6 +351,28 @@ def test_a_lost_memory_only_costs_time(aged: Store, study: Study) -> None:
     assert collect(aged).marked.objects == 3 and len(objects(aged)) == 3
     pass_days(aged, 8)
     assert collect(aged).deleted.objects == 3
+
+
+@pytest.mark.parametrize("left", [{}, {"v1/cas/aa/x": 1.0}])
+def test_a_lost_reply_to_the_memory_is_no_other_collection(aged: Store, left: dict[str, float]) -> None:
+    """Its own write is recognised, also when nothing is pending any more; another collection's empty memory is not."""
+
+    def refuse() -> None:
+        raise Conflict("answers the second request")
+
+    pending = Pending(aged.backend)
+    pending.replace({"v1/cas/aa/x": 1.0, "v1/cas/bb/y": 1.0})
+    aged.backend.hooks.append(("put", "v1/trash/pending.json", refuse))
+    pending.replace(left)
+    assert Pending(aged.backend).since(dict.fromkeys(["v1/cas/aa/x", "v1/cas/bb/y"], 1), 9.0) == {
+        "v1/cas/aa/x": 9.0,
+        "v1/cas/bb/y": 9.0,
+        **left,
+    }
+    pending.replace({})
+    Pending(aged.backend).replace({})
+    with pytest.raises(Conflict, match="another collection"):
+        pending.replace({})
 
 
 def test_many_keys_go_in_rounds(aged: Store, study: Study, monkeypatch) -> None:

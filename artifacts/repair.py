@@ -209,7 +209,8 @@ class _Repairer:
             etag = None if stored is None else stored.etag
             try:
                 if not self.result.dry_run:
-                    put_own(backend, key, copy[0].data, if_absent=etag is None, if_match=etag)
+                    with intent(backend, [key], self._store.clock, self._say):
+                        put_own(backend, key, copy[0].data, if_absent=etag is None, if_match=etag)
             except (Conflict, NotFound):
                 continue  # somebody else was here meanwhile
             self._fixed(key, copy[1])

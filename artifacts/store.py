@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,27 @@ class Store:
         with uploaded(self, folder, progress, announced=False) as tree:
             return tree
 
-    def publish(self, folder: Path, make_record: Callable[[Tree], Record], progress: Moved | None = None) -> Record:
+    def publish(
+        self,
+        folder: Path,
+        make_record: Callable[[Tree], Record],
+        progress: Moved | None = None,
+        *,
+        where: tuple[str, str] | None = None,
+    ) -> Record:
         """Store `folder` and commit the record made for its tree; return the record that now stands for its key.
 
-        What is being stored is announced first, so that a collection under way spares it.
+        What is being stored is announced first, so that a collection under way spares it. `where` is the (stage, key) that
+        the record will have: with it, the record is announced in the same breath.
 
         Raises:
-            StoreError: the folder holds something that is not a plain file, or a name that is not portable.
+            StoreError: the folder holds something that is not a plain file, or a name that is not portable; or the record
+                could not be read back.
         """
-        with uploaded(self, folder, progress) as tree:
-            return self.commit(make_record(tree))
+        names = [] if where is None else [_record_key(*where)]
+        with uploaded(self, folder, progress, names=names) as tree:
+            record = make_record(tree)
+            return self.commit(record, announced=(record.stage, record.key) == where)
 
     def tree(self, digest: str) -> Tree:
         """The listing of a stored tree, checked against its digest and for unsafe paths."""
@@ -131,27 +143,39 @@ class Store:
                 records[pair], damaged[pair] = None, error
         return records
 
-    def commit(self, record: Record) -> Record:
-        """Publish `record` and return the record that now stands for its key: this one, or that of an earlier winner."""
-        try:
-            self.backend.put(_record_key(record.stage, record.key), record.encode(), if_absent=True)
-        except Conflict:
-            standing = self.lookup(record.stage, record.key)
-            return self._commit_anew(record) if standing is None else standing
-        return record
+    def commit(self, record: Record, *, announced: bool = False) -> Record:
+        """Publish `record` and return the record that now stands for its key: this one, or that of an earlier winner.
 
-    def _commit_anew(self, record: Record) -> Record:
-        """Put a record in the place of one that was withdrawn; announced, as a collection may be removing what is there."""
-        name = _record_key(record.stage, record.key)
-        with intent(self.backend, [name], self.clock, self.say):
-            try:
-                stored = self.backend.get(name, limit=MAX_RECORD_BYTES)
-                if is_withdrawn(stored.data):
-                    self.backend.put(name, record.encode(), if_match=stored.etag)
+        The key is announced first, unless the caller says that an intent of his names it: a collection may be deleting
+        what stood there before, and its request may arrive late.
+
+        Raises:
+            StoreError: the record could not be read back (a text too long or not printable, a number out of range);
+                nothing was written.
+        """
+        name, data = _record_key(record.stage, record.key), _readable(record)
+        with nullcontext() if announced else intent(self.backend, [name], self.clock, self.say):
+            while True:
+                try:
+                    self.backend.put(name, data, if_absent=True)
                     return record
-            except (Conflict, NotFound):
-                pass  # it changed meanwhile, or the refusal answers a retry of this very write
-        return self.commit(record)
+                except Conflict:
+                    standing = self.lookup(record.stage, record.key)
+                if standing is not None:
+                    return standing
+                if self._commit_anew(name, data):
+                    return record
+
+    def _commit_anew(self, name: str, data: bytes) -> bool:
+        """Put a record in the place of one that was withdrawn; False if none such is there any more."""
+        try:
+            stored = self.backend.get(name, limit=MAX_RECORD_BYTES)
+            if is_withdrawn(stored.data):
+                self.backend.put(name, data, if_match=stored.etag)
+                return True
+        except (Conflict, NotFound):
+            pass  # it changed meanwhile, or the refusal answers a retry of this very write
+        return False
 
     def invalidate(self, record: Record, reason: str) -> bool:
         """Withdraw a record whose output cannot be read, keeping a copy with the reason under `v1/trash/`.
@@ -319,6 +343,23 @@ def check_nodes(nodes: object) -> None:
 def new_record(**fields: object) -> Record:
     """A record with a fresh commit id."""
     return replace(Record(commit="", **fields), commit=uuid.uuid4().hex)  # type: ignore[arg-type]
+
+
+def _readable(record: Record) -> bytes:
+    """The bytes of a record, held to everything that a reader of it will ask.
+
+    Raises:
+        StoreError: a reader would refuse them: the stage would be run, found damaged, and run again, for ever.
+    """
+    try:
+        data = record.encode()
+        Record.decode(data, record.stage, record.key)
+    except (Damaged, TypeError) as error:
+        raise StoreError(
+            f"the record of {str(record.stage)[:64]!r} was not stored, because it could not be read back: {error}; correct "
+            "what is named there, in the study or on this machine, then run the same command again"
+        ) from error
+    return data
 
 
 def _record_key(stage: str, key: str) -> str:

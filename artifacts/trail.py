@@ -67,9 +67,10 @@ def read_trail(backend: Backend) -> Iterator[Action]:
 
 
 def me() -> str:
-    """user@host, for people."""
+    """user@host, for people: in letters that a reader of a record or a pin accepts, whatever the system says."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):
         user = "?"
-    return f"{user}@{platform.node()}"
+    name = f"{user}@{platform.node()}"
+    return name if name.isprintable() else ascii(name)[1:-1]

@@ -154,14 +154,23 @@ class _Blob:
 
 
 @contextmanager
-def uploaded(store: Store, folder: Path, listener: Moved | None = None, *, announced: bool = True) -> Iterator[Tree]:
+def uploaded(
+    store: Store,
+    folder: Path,
+    listener: Moved | None = None,
+    *,
+    announced: bool = True,
+    names: Iterable[str] = (),
+) -> Iterator[Tree]:
     """Store every file under `folder`, and keep the tree from collections for the length of the block if `announced`.
+
+    `names` are further objects that the caller relies on in the block; they are announced with the last window.
 
     Raises:
         StoreError: the folder holds something that is not a plain file, or a name that is not portable.
     """
     with ExitStack() as held:
-        yield _Upload(store, folder, listener, held if announced else None).run()
+        yield _Upload(store, folder, listener, held if announced else None).run(names)
 
 
 class _Upload:
@@ -178,7 +187,7 @@ class _Upload:
         self._known: set[str] = set()
         self._budget = _Budget(PACKED_BYTES)
 
-    def run(self) -> Tree:
+    def run(self, names: Iterable[str] = ()) -> Tree:
         with Lanes(self._store.at_once) as lanes:
             window: list[_Blob] = []
             size = 0
@@ -193,7 +202,7 @@ class _Upload:
             papers[object_key("tree", tree.digest)] = tree.listing
             if max(map(len, papers.values())) > MAX_OBJECT_BYTES:
                 raise StoreError(f"the output has {len(tree.files)} files: its listing is larger than a store may hold")
-            self._send(lanes, window, papers)
+            self._send(lanes, window, [*papers, *names])
         self._put_papers(papers)
         return tree
 

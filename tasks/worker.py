@@ -255,11 +255,12 @@ class _Attempt:
         self.around.require_code(self.spec, self.stage)
 
     def _publish(self, out: Path, seconds: float, lease: Lease) -> Record:
+        where = (self.stage.name, self.spec.key)
         pause = 1.0
         for attempt in range(1, COMMIT_ATTEMPTS + 1):
             try:
                 make_record = partial(self._record, seconds=seconds, lease=lease)
-                return self.store.publish(out, make_record, self._reporting("storing"))
+                return self.store.publish(out, make_record, self._reporting("storing"), where=where)
             except StoreUnavailable as error:
                 if attempt == COMMIT_ATTEMPTS or self.stop():
                     raise StoreUnavailable(

@@ -23,12 +23,12 @@ from typing import Any
 
 from blake3 import blake3
 
-from artifacts.audit_roots import STRAY, STRAY_KIND, check_roots, named
+from artifacts.audit_roots import STRAY, STRAY_KIND, check_roots
 from artifacts.backend import Backend
 from artifacts.digest import update_from
 from artifacts.download import READINGS
 from artifacts.errors import Damaged, NewerFormat, NotFound
-from artifacts.mark import Tally, Where, by_digest, record_of
+from artifacts.mark import Tally, Where, by_digest, record_of, shown
 from artifacts.packing import unpack
 from artifacts.record import Record, is_stage, is_withdrawn
 from artifacts.store import Store
@@ -185,7 +185,7 @@ class _Verifier:
     def _check_records(self) -> None:
         keys = {entry.key: record_of(entry.key) for entry in self._backend.list("v1/act/")}
         for key in [key for key, where in keys.items() if where is None or not is_stage(where[0])]:
-            self._found(STRAY_KIND, named(key), STRAY)
+            self._found(STRAY_KIND, shown(key), STRAY)
             del keys[key]
         for key, stored in self._read(list(keys)):
             where = keys[key]

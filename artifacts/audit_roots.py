@@ -10,9 +10,9 @@ from artifacts.backend import Backend, Entry
 from artifacts.checkpoints import read_manifest, read_pointers
 from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged, NotFound, StoreError
-from artifacts.intent import CONDEMNED, TAKEOVER_SECONDS, read_condemned
+from artifacts.intent import CONDEMNED, INTENT, INTENTS, TAKEOVER_SECONDS, read_condemned
 from artifacts.keep import read_pin
-from artifacts.mark import ACTIVE_RUNS, Where, is_note, record_key, withdrawn_by
+from artifacts.mark import ACTIVE_RUNS, Where, is_note, record_key, shown, withdrawn_by
 from artifacts.store import Store, parse_run
 from artifacts.trail import PINS, TRAIL, read_trail
 
@@ -27,16 +27,12 @@ STRAY_KIND = "stray"
 STRAY = "does not belong here, and is left alone; remove it by hand"
 
 
-def named(key: str) -> str:
-    """A key as it can be shown and noted: the name of a stray file may be no text at all."""
-    return key if key.isprintable() else ascii(key)[1:-1]
-
-
 def check_roots(store: Store, records: Container[Where], count: Count) -> Iterator[Problem]:
     """What is wrong with runs, pins, checkpoints and the trail, given the readable records."""
     backend = store.backend
     explained = _withdrawn(backend)
     strays = [e for prefix in (RUNS, PINS, TRAIL) for e in backend.list(prefix) if not e.key.isprintable()]
+    strays += [entry for entry in backend.list(INTENTS) if not INTENT.fullmatch(entry.key)]
     for key, data in _objects(backend, _entries(backend, RUNS)):
         count("run", len(data))
         yield from _check_run(key, data, records, explained)
@@ -52,7 +48,7 @@ def check_roots(store: Store, records: Container[Where], count: Count) -> Iterat
             strays.append(entry)
     for key in sorted(names):
         yield from _check_checkpoints(backend, key, count)
-    yield from ((STRAY_KIND, named(entry.key), STRAY) for entry in strays)
+    yield from ((STRAY_KIND, shown(entry.key), STRAY) for entry in strays)
     for key, data in _objects(backend, _entries(backend, TRAIL)):
         count("audit entry", len(data))
         if (problem := root_problem(key, data)) is not None:

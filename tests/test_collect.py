@@ -398,7 +398,7 @@ def test_leftovers_of_killed_workers(aged: Store, study: Study) -> None:
         backend.put(f"v1/wip/{key}/1-x/files/state", b"12345")
     backend.put("v1/wip/" + "c" * 64 + "/1-x/files/state", b"no lease at all")
     for name in (
-        "v1/intent/x.json",
+        "v1/intent/0f.json",
         "v1/run/active-x.json",
         "v1/trash/sft-x.json",
         "v1/trash/sft-x.bytes",
@@ -419,7 +419,7 @@ def test_leftovers_of_killed_workers(aged: Store, study: Study) -> None:
         f"v1/wip/{'b' * 64}/1-x/files/state",
         f"v1/lease/{'b' * 64}.json",
     }
-    assert not keys(aged) & {"v1/intent/x.json", "v1/run/active-x.json", "v1/trash/sft-x.bytes", "v1/probe/x"}
+    assert not keys(aged) & {"v1/intent/0f.json", "v1/run/active-x.json", "v1/trash/sft-x.bytes", "v1/probe/x"}
     beating.renew()
     assert Lease(backend, "a" * 64).try_acquire()
 

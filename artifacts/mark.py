@@ -6,7 +6,9 @@ and every record younger than the grace period. What a root names is live, and s
     run, pin, intent    -> its records
     record              -> its output tree, and the trees that its inputs were
     input tree          -> a record that made it: any that is live already, else the newest (an output that is kept can be
-                           found again by a plan only through the records above it, and an adapter needs its base)
+                           found again by a plan only through the records above it, and an adapter needs its base);
+                           above what a pin names, every record that made it (a run names the right one itself; a pin
+                           does not, and a record names its inputs by content alone, see `lineage`)
     tree                -> its blobs, parts lists and the blobs of the parts
     withdrawn record    -> its output tree, while it is in the trash, so that it can be put back
 
@@ -29,6 +31,7 @@ from artifacts.backend import Entry, Object
 from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged
 from artifacts.intent import CONDEMNED, INTENT, INTENTS
+from artifacts.lineage import Where, lineage
 from artifacts.record import Record, is_withdrawn
 from artifacts.store import Store
 from artifacts.trees import parts_of
@@ -42,9 +45,6 @@ SAME_MOMENT_SECONDS = 5.0
 RUN = re.compile(r"v1/run/[0-9a-f]{64}\.json")
 ACTIVE_RUNS = "v1/run/active-"
 PENDING = "v1/trash/pending"
-
-Where = tuple[str, str]
-"""(stage, key) of a record."""
 
 
 @dataclass(slots=True)
@@ -104,6 +104,7 @@ class Marks:
     """Objects among the roots whose names the store never writes. They are no roots, and are left alone."""
     roots: dict[str, int] = field(default_factory=dict)
     """How many roots of each kind there are: `run`, `active`, `pin`, `intent`, `young`."""
+    _pinned: set[Where] = field(default_factory=set)
     _producers: dict[bytes, set[Where]] = field(default_factory=dict)
     _read_once: set[str] = field(default_factory=set)
     _lists: dict[str, Entry] = field(default_factory=dict)
@@ -116,6 +117,7 @@ class Marks:
         puts parts lists before the record; so what an earlier listing misses, a later one has.
         """
         rooted = self._roots() | self._list_records()
+        rooted |= lineage(self._pinned, self._inputs_of, lambda tree: self._producers.get(tree, ()))
         self.parts = {bytes.fromhex(digest): entry for digest, entry in by_digest(self.store, "parts")}
         self._close(rooted)
         self._read_parts()
@@ -159,7 +161,9 @@ class Marks:
                 entries = [entry for entry in entries if entry.modified >= self.young_since]
             self.roots[kind] = len(entries)
             for key, body in self._read([entry for entry in entries if entry.key not in self._read_once]):
-                found.update(self._records_named(key, body))
+                found.update(named := set(self._records_named(key, body)))
+                if kind == "pin":
+                    self._pinned |= named
                 if kind == "run":
                     self._read_once.add(key)  # named by its content, so it never changes
         notes = [e for e in backend.list("v1/trash/") if e.modified >= self.young_since and is_note(e.key)]
@@ -266,6 +270,10 @@ class Marks:
             # An input may be gone: a record outlives what it was made from where nobody kept that.
             self._read_trees(inputs, required=False)
             waiting = {maker for tree in inputs if (maker := self._maker(tree)) is not None}
+
+    def _inputs_of(self, where: Where) -> tuple[bytes, ...]:
+        seen = self.records.get(where)
+        return () if seen is None else seen.inputs
 
     def _maker(self, tree: bytes) -> Where | None:
         """The record to keep for a tree that is kept as an input; None when a live one made it, or none is left."""

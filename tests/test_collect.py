@@ -214,18 +214,19 @@ def test_a_writer_waits_and_then_sends_what_was_deleted(aged: Store, study: Stud
     assert study.readable(made[0])
 
 
-def test_a_run_keeps_what_its_records_were_made_from(aged: Store, study: Study) -> None:
-    """A pin on a model keeps the models above it, of which a plan needs the records; not their unrelated outputs."""
+@pytest.mark.parametrize(("root", "makers"), [("run", 1), ("pin", 2)])
+def test_a_root_keeps_what_its_records_were_made_from(aged: Store, study: Study, root: str, makers: int) -> None:
+    """The models above, of which a plan needs the records, stay; of a pin, which does not say which, all that made them."""
     base = study.make("pretrain", w="base")
     twin = study.make("pretrain2", w="base")
     tuned = study.make("sft", inputs={"model": base.output}, w="tuned")
     other = study.make("eval", inputs={"model": tuned.output}, w="numbers")
-    root_put(aged, study, tuned, "pin")
+    root_put(aged, study, tuned, root)
     pass_days(aged, 8)
     collect_twice(aged)
     assert study.readable(tuned)
     assert aged.lookup(other.stage, other.key) is None
-    assert [aged.lookup(r.stage, r.key) is not None for r in (base, twin)].count(True) == 1
+    assert [aged.lookup(r.stage, r.key) is not None for r in (base, twin)].count(True) == makers
     aged.materialise(base.output, study.folder / "base")
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from artifacts.audit import verify
 from artifacts.collect import collect
-from artifacts.errors import Damaged
-from artifacts.intent import INTENTS
+from artifacts.digest import canonical_json
+from artifacts.errors import Damaged, StoreError
+from artifacts.intent import CONDEMNED, INTENTS
+from artifacts.keep import forget, pin, pins
+from artifacts.mark import record_key
 from artifacts.repair import repair
 from artifacts.store import Store
 from tests import test_collect
-from tests.aging import AgingBackend
+from tests.aging import AgingBackend, FastClock
 from tests.test_collect import Study, collect_twice, keys, objects, pass_days
 
 aged, study = test_collect.aged, test_collect.study
@@ -83,3 +88,59 @@ def test_an_intent_that_cannot_be_read_can_be_deleted_by_hand(aged: Store, study
     assert objects(aged) == before
     aged.backend.delete(name)
     assert collect(aged).deleted.objects == 3
+
+
+def test_a_pin_keeps_its_own_lineage_whatever_is_made_later(aged: Store, study: Study) -> None:
+    """Another study that makes the bytes of an input in another way takes nothing from it, any number of levels up."""
+    data = study.make("world", a="rows")
+    base = study.make("pretrain", inputs={"rows": data.output}, w="base")
+    tuned = study.make("sft", inputs={"model": base.output}, w="tuned")
+    pin(aged, "paper", {"tuned": tuned})
+    pass_days(aged, 1)
+    study.make("pretrain2", w="base")
+    pass_days(aged, 8)
+    collect_twice(aged)
+    assert study.readable(tuned) and study.readable(base) and study.readable(data)
+    with pytest.raises(StoreError, match="is kept by the pin 'paper'"):
+        forget(aged, base, "a test")
+
+
+def test_a_pin_that_is_set_beside_a_collection_keeps_its_lineage(aged: Store, study: Study) -> None:
+    """Announced while all of it is condemned, it is spared, and the collection deletes the rest."""
+    base = study.make("pretrain", w="base")
+    tuned = study.make("sft", inputs={"model": base.output}, w="tuned")
+    study.make("dpo", w="dropped")
+    pass_days(aged, 8)
+    collect(aged)
+    pass_days(aged, 8)
+    waited, made = threading.Event(), list[object]()
+    clock = FastClock(lambda: (waited.set(), time.sleep(0.01)))  # type: ignore[arg-type, return-value]
+    beside = threading.Thread(target=lambda: made.append(pin(Store(aged.backend, clock=clock), "paper", {"t": tuned})))
+
+    def begin() -> None:
+        beside.start()
+        assert waited.wait(20)
+
+    aged.backend.hooks.append(("put", CONDEMNED, begin))
+    report = collect(aged)
+    beside.join()
+    assert report.ready.objects == 9 and report.deleted.objects == 3
+    assert made == pins(aged) and study.readable(tuned) and study.readable(base)
+
+
+def test_a_pin_waits_for_all_of_its_lineage(aged: Store, study: Study) -> None:
+    """Where only the record far above is being deleted, it waits for that, looks again, and refuses what is not whole."""
+    base = study.make("pretrain", w="base")
+    tuned = study.make("sft", inputs={"model": base.output}, w="tuned")
+    name = record_key("pretrain", base.key)
+    held = {"owner": "o", "beat": "b", "holder": {"machine": "elsewhere"}}
+    aged.backend.put(CONDEMNED, canonical_json({**held, "state": "held", "keys": [name]}))
+
+    def deleted() -> None:
+        aged.backend.delete(name)
+        aged.backend.put(CONDEMNED, canonical_json({**held, "state": "free", "keys": []}))
+
+    aged.clock = FastClock(deleted)
+    with pytest.raises(StoreError, match="pretrain .* was deleted meanwhile"):
+        pin(aged, "paper", {"tuned": tuned})
+    assert aged.clock.sleeps == 1 and not pins(aged) and not list(aged.backend.list(INTENTS))

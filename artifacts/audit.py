@@ -14,7 +14,7 @@ import contextlib
 import json
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -24,7 +24,7 @@ from typing import Any
 from blake3 import blake3
 
 from artifacts.audit_roots import STRAY, STRAY_KIND, check_roots
-from artifacts.backend import Backend
+from artifacts.backend import Backend, read_many
 from artifacts.digest import update_from
 from artifacts.download import READINGS
 from artifacts.errors import Damaged, NewerFormat, NotFound
@@ -36,7 +36,6 @@ from artifacts.trees import File, Part, object_key, read_parts, read_tree
 from artifacts.unreadable import NOT_READ, tolerant
 
 AT_ONCE = 8
-READ_AT_ONCE = 500
 JOBS_AT_ONCE = 500
 WRONG_BYTES = "does not match its digest"
 WRONG_WHOLE = "its parts are intact, but do not make up the file that it is of"
@@ -134,6 +133,7 @@ class _Verifier:
         self._seed = seed
         self._progress = progress
         self.result = Verification(sample)
+        self._withdrawn: set[Where] = set()
         self._trees: set[str] = set()
         self._expected: dict[bytes, int] = {}
         """Files of trees, and the blobs of their parts, with the size that they should have."""
@@ -151,9 +151,8 @@ class _Verifier:
         self._check_records()
         self._check_trees()
         self._check_parts_lists()
-        for kind, key, problem in check_roots(
-            self._store, self.result.records.keys() | self.result.newer.keys(), self._count
-        ):
+        known = self.result.records.keys() | self.result.newer.keys() | self._withdrawn
+        for kind, key, problem in check_roots(self._store, known, self._count):
             self._found(kind, key, problem)
         return self._check_presence()
 
@@ -178,20 +177,19 @@ class _Verifier:
     def _count(self, kind: str, size: int) -> None:
         self.result.checked.setdefault(kind, Tally()).add(size)
 
-    def _read(self, keys: list[str]) -> Iterator[tuple[str, Any]]:
-        for start in range(0, len(keys), READ_AT_ONCE):
-            yield from self._backend.get_many(keys[start : start + READ_AT_ONCE]).items()
-
     def _check_records(self) -> None:
         keys = {entry.key: record_of(entry.key) for entry in self._backend.list("v1/act/")}
         for key in [key for key, where in keys.items() if where is None or not is_stage(where[0])]:
             self._found(STRAY_KIND, shown(key), STRAY)
             del keys[key]
-        for key, stored in self._read(list(keys)):
+        for key, stored in read_many(self._backend, list(keys)):
             where = keys[key]
-            if stored is None or is_withdrawn(stored.data):
-                continue
             assert where is not None
+            if stored is None:
+                continue
+            if is_withdrawn(stored.data):
+                self._withdrawn.add(where)
+                continue
             self._count("record", len(stored.data))
             try:
                 record = Record.decode(stored.data, *where)
@@ -208,7 +206,7 @@ class _Verifier:
         url, records = self._backend.url, self.result.records
         outputs = {record.output: where for where, record in records.items()}
         listed = [digest for digest, _ in by_digest(self._store, "tree")]
-        for key, stored in self._read([object_key("tree", digest) for digest in listed]):
+        for key, stored in read_many(self._backend, [object_key("tree", digest) for digest in listed]):
             digest = key[-64:]
             if stored is None:
                 continue
@@ -236,7 +234,7 @@ class _Verifier:
     def _check_parts_lists(self) -> None:
         url = self._backend.url
         listed = [digest for digest, _ in by_digest(self._store, "parts")]
-        for key, stored in self._read([object_key("parts", digest) for digest in listed]):
+        for key, stored in read_many(self._backend, [object_key("parts", digest) for digest in listed]):
             file = bytes.fromhex(key[-64:])
             if stored is None:
                 continue

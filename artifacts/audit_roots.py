@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
-from artifacts.backend import Backend, Entry
+from artifacts.backend import Backend, Entry, read_many
 from artifacts.checkpoints import read_manifest, read_pointers
 from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged, NotFound, StoreError
 from artifacts.intent import CONDEMNED, INTENT, INTENTS, TAKEOVER_SECONDS, read_condemned
 from artifacts.keep import read_pin
-from artifacts.mark import ACTIVE_RUNS, Where, is_note, record_key, shown, withdrawn_by
+from artifacts.mark import ACTIVE_RUNS, Where, record_key, shown
 from artifacts.store import Store, parse_run
 from artifacts.trail import PINS, TRAIL, read_trail
 
@@ -28,15 +28,17 @@ STRAY = "does not belong here, and is left alone; remove it by hand"
 
 
 def check_roots(store: Store, records: Container[Where], count: Count) -> Iterator[Problem]:
-    """What is wrong with runs, pins, checkpoints and the trail, given the readable records."""
+    """What is wrong with runs, pins, checkpoints and the trail, given the records that are readable or withdrawn.
+
+    What a run or a pin names is there: the record, or the word that it was withdrawn.
+    """
     backend = store.backend
-    explained = _withdrawn(backend)
     strays = [e for prefix in (RUNS, PINS, TRAIL) for e in backend.list(prefix) if not e.key.isprintable()]
     strays += [entry for entry in backend.list(INTENTS) if not INTENT.fullmatch(entry.key)]
     for key, data in _objects(backend, _entries(backend, RUNS)):
         count("run", len(data))
-        yield from _check_run(key, data, records, explained)
-    yield from _check_pins(backend, records, explained, count)
+        yield from _check_run(key, data, records)
+    yield from _check_pins(backend, records, count)
     if (condemned := read_condemned(backend)) is not None and condemned.state == "damaged":
         yield "condemned list", CONDEMNED, DAMAGED_LIST
     names: dict[str, None] = {}
@@ -77,34 +79,22 @@ def _entries(backend: Backend, prefix: str) -> list[Entry]:
 
 
 def _objects(backend: Backend, entries: Sequence[Entry]) -> Iterator[tuple[str, bytes]]:
-    for start in range(0, len(entries), 500):
-        for key, stored in backend.get_many([entry.key for entry in entries[start : start + 500]]).items():
-            if stored is not None:
-                yield key, stored.data
+    for key, stored in read_many(backend, [entry.key for entry in entries]):
+        if stored is not None:
+            yield key, stored.data
 
 
-def _withdrawn(backend: Backend) -> set[str]:
-    """Keys of the records whose absence is explained: the trash or the trail says why."""
-    found = set()
-    for entry in backend.list("v1/trash/"):
-        if is_note(entry.key):
-            found.add(record_key(*withdrawn_by(entry.key)))
-    for entry in read_trail(backend):
-        found.update(map(str, entry.details.get("records", [])))
-    return found
-
-
-def _check_run(key: str, data: bytes, records: Container[Where], explained: set[str]) -> Iterator[Problem]:
+def _check_run(key: str, data: bytes, records: Container[Where]) -> Iterator[Problem]:
     if (problem := root_problem(key, data)) is not None:
         yield "run", key, problem
         return
     for name, node in parse_run(data)["nodes"].items():
         where = (node["stage"], node["key"])
-        if where not in records and record_key(*where) not in explained:
-            yield "record", record_key(*where), f"cannot be read; it is {name} of {key}, and nobody withdrew it"
+        if where not in records:
+            yield "record", record_key(*where), f"is missing; it is {name} of {key}, and nobody withdrew it"
 
 
-def _check_pins(backend: Backend, records: Container[Where], explained: set[str], count: Count) -> Iterator[Problem]:
+def _check_pins(backend: Backend, records: Container[Where], count: Count) -> Iterator[Problem]:
     standing = set()
     for key, data in _objects(backend, _entries(backend, PINS)):
         count("pin", len(data))
@@ -114,8 +104,8 @@ def _check_pins(backend: Backend, records: Container[Where], explained: set[str]
             continue
         for node in read_pin(data).nodes.values():
             where = (node["stage"], node["key"])
-            if where not in records and record_key(*where) not in explained:
-                yield "record", record_key(*where), f"cannot be read; {key} keeps it"
+            if where not in records:
+                yield "record", record_key(*where), f"is missing; {key} keeps it"
     pinned: dict[str, bool] = {}
     for entry in read_trail(backend):
         if entry.action in ("pin", "unpin"):

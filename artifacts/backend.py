@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,10 @@ from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnava
 
 MAX_OBJECT_BYTES = 16 << 20
 """Most bytes that are read into memory at once, so that no store can exhaust it. Blobs are streamed and have no limit."""
+READ_AT_ONCE = 500
+"""Small objects read in one round of concurrent requests."""
+SMALL_BYTES = 256 << 10
+"""Most bytes of an object that is read together with others."""
 EXPECTED = "a folder, file:///folder, s3://bucket/prefix or memory://name"
 Progress = Callable[[int], None]
 """Called with the number of further bytes that were moved; from any thread."""
@@ -191,6 +196,22 @@ def get_each(backend: Backend, keys: Iterable[str], limit: int) -> dict[str, Obj
         except TooLarge as error:
             found[key] = Object(b"", error.etag)
     return found
+
+
+def read_many(backend: Backend, keys: Iterable[str]) -> Iterator[tuple[str, Object | None]]:
+    """`get_many` of any number of keys, in their order, a round at a time.
+
+    What is not small is read by itself, so that no store can fill the memory with one round of what is just not too large:
+    it takes at most `READ_AT_ONCE * SMALL_BYTES`, or one object of `MAX_OBJECT_BYTES`.
+    """
+    left = iter(keys)
+    while some := list(islice(left, READ_AT_ONCE)):
+        found = backend.get_many(some, limit=SMALL_BYTES)
+        for key in some:
+            stored = found.pop(key)
+            if stored is not None and not stored.data:
+                stored = backend.get_many([key])[key]
+            yield key, stored
 
 
 def open_backend(url: str) -> Backend:

@@ -160,8 +160,8 @@ def _unused(marks: Marks, report: Report) -> dict[str, int]:
 
     for where, seen in marks.records.items():
         judge("act", seen.entry, where in marks.live or seen.entry.key in marks.named)
-    for entry in marks.withdrawn.values():
-        judge("act", entry, entry.key in marks.named)
+    for where, entry in marks.withdrawn.items():
+        judge("act", entry, where in marks.rooted or entry.key in marks.named)
     for digest, entry in by_digest(marks.store, "tree"):
         judge("tree", entry, bytes.fromhex(digest) in marks.trees or entry.key in marks.named)
     for file, entry in marks.parts.items():

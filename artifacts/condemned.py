@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from artifacts.backend import Backend
+from artifacts.backend import Backend, read_many
 from artifacts.clock import Clock
 from artifacts.digest import canonical_json, unseal
 from artifacts.errors import Conflict, NotFound, StoreError, StoreUnavailable
@@ -65,7 +65,7 @@ def remove_damaged(
 def _announced(backend: Backend) -> frozenset[str]:
     """What writers rely on."""
     found: set[str] = set()
-    for stored in backend.get_many([entry.key for entry in backend.list(INTENTS)]).values():
+    for _, stored in read_many(backend, [entry.key for entry in backend.list(INTENTS)]):
         try:
             found.update(map(str, unseal(stored.data)["keys"] if stored is not None else ()))
         except (ValueError, TypeError, KeyError):

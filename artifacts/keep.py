@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from artifacts.backend import READ_AT_ONCE, read_many
 from artifacts.digest import canonical_json, is_digest, parse_canonical, seal, unseal
 from artifacts.errors import Conflict, Damaged, StoreError
 from artifacts.intent import intent
 from artifacts.lineage import Where, lineage
-from artifacts.mark import READ_AT_ONCE, record_key, record_of, unique
+from artifacts.mark import record_key, record_of, unique
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, check_nodes, new_record
 from artifacts.trail import PINS, me, note
@@ -120,7 +121,7 @@ def pins(store: Store) -> list[Pin]:
     """All readable pins."""
     keys = [entry.key for entry in store.backend.list(PINS)]
     found = []
-    for stored in store.backend.get_many(keys).values():
+    for _, stored in read_many(store.backend, keys):
         try:
             found += [read_pin(stored.data)] if stored is not None else []
         except ValueError:

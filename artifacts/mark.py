@@ -10,7 +10,8 @@ and every record younger than the grace period. What a root names is live, and s
                            above what a pin names, every record that made it (a run names the right one itself; a pin
                            does not, and a record names its inputs by content alone, see `lineage`)
     tree                -> its blobs, parts lists and the blobs of the parts
-    withdrawn record    -> its output tree, while it is in the trash, so that it can be put back
+    withdrawn record    -> its output tree, while it is in the trash, so that it can be put back; and, for as long as a run
+                           or a pin names the record, the word that it was withdrawn
 
 Everything is read from small objects, each once, and digests are held as 32 bytes. Marks only ever grow: `refresh` adds
 what has come since, in an order that misses nothing, which is the collection's second look (see `artifacts.intent`).
@@ -24,10 +25,9 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
-from artifacts.backend import Entry, Object
+from artifacts.backend import Entry, Object, read_many
 from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged
 from artifacts.intent import CONDEMNED, INTENT, INTENTS
@@ -35,9 +35,6 @@ from artifacts.lineage import Where, lineage
 from artifacts.record import Record, is_withdrawn
 from artifacts.store import Store
 from artifacts.trees import parts_of
-
-READ_AT_ONCE = 500
-"""Small objects read in one round of concurrent requests."""
 
 SAME_MOMENT_SECONDS = 5.0
 """A record or parts list this young may be replaced within one tick of the store's clock: it is always read anew."""
@@ -87,6 +84,8 @@ class Marks:
     """Every readable record, live or not."""
     withdrawn: dict[Where, Entry] = field(default_factory=dict)
     """What stands in the place of withdrawn records."""
+    rooted: set[Where] = field(default_factory=set)
+    """Records that a run or a pin names. Where one was withdrawn, what stands in its place is kept: it says so."""
     live: set[Where] = field(default_factory=set)
     """Records in use."""
     trees: set[bytes] = field(default_factory=set)
@@ -116,7 +115,8 @@ class Marks:
         The order matters: whoever puts a record, a run or a pin removes its intent, or its active run, afterwards, and
         puts parts lists before the record; so what an earlier listing misses, a later one has.
         """
-        rooted = self._roots() | self._list_records()
+        self.rooted |= (named := self._roots())
+        rooted = named | self._list_records()
         rooted |= lineage(self._pinned, self._inputs_of, lambda tree: self._producers.get(tree, ()))
         self.parts = {bytes.fromhex(digest): entry for digest, entry in by_digest(self.store, "parts")}
         self._close(rooted)
@@ -143,7 +143,7 @@ class Marks:
         kind, _, name = key.removeprefix("v1/").partition("/")
         if kind == "act":
             where = record_of(key)
-            return where in self.live or (where not in self.records and where not in self.withdrawn)
+            return where in self.live or where in self.rooted or not (where in self.records or where in self.withdrawn)
         digest = name.rpartition("/")[2]
         if kind not in ("cas", "tree", "parts") or not is_digest(digest):
             return True
@@ -327,11 +327,7 @@ class Marks:
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Object]]:
         """The objects that are there; many at once, few in memory."""
-        left = iter(keys)
-        while some := list(islice(left, READ_AT_ONCE)):
-            for key, stored in self.store.backend.get_many(some).items():
-                if stored is not None:
-                    yield key, stored
+        return ((key, stored) for key, stored in read_many(self.store.backend, keys) if stored is not None)
 
 
 def record_of(key: str) -> Where | None:

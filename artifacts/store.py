@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from artifacts.backend import Backend, Object, local_file, open_backend, put_own
+from artifacts.backend import Backend, Object, local_file, open_backend, put_own, read_many
 from artifacts.clock import SYSTEM, Clock
 from artifacts.condemned import remove_damaged
 from artifacts.digest import canonical_json, digest_bytes, is_digest, unseal
@@ -205,7 +205,8 @@ class Store:
     def withdraw_damaged(self, stage: str, key: str, reason: str) -> bool:
         """Withdraw a record object that is not a record, keeping its bytes under `v1/trash/`; the stage is then a miss.
 
-        False, and nothing is changed, when it is a record after all or was withdrawn by somebody else.
+        Where none is, though something names it, that is said in its place. False, and nothing is changed, when it is a
+        record after all or was withdrawn by somebody else.
         """
         name = _record_key(stage, key)
         try:
@@ -215,7 +216,9 @@ class Store:
             Record.decode(stored.data, stage, key)
             return False
         except NotFound:
-            return False
+            note = f"v1/trash/{stage}-{key}-{uuid.uuid4().hex}.json"
+            self.backend.put(note, canonical_json({"reason": reason}))
+            return self._replace_withdrawn(name, note, None)
         except TooLarge as error:
             # Nothing of use is lost with it, and it may be larger than what is left of the disk.
             stored, reason = Object(b"", error.etag), f"{reason} ({error}; its bytes were not kept)"
@@ -226,11 +229,11 @@ class Store:
         self.backend.put(f"{trash}.json", canonical_json({"reason": reason, "bytes": f"{trash}.bytes"}))
         return self._replace_withdrawn(name, f"{trash}.json", stored.etag)
 
-    def _replace_withdrawn(self, name: str, note: str, etag: str) -> bool:
+    def _replace_withdrawn(self, name: str, note: str, etag: str | None) -> bool:
         """Replace, never delete: a delete has no condition, and would take away what somebody has made anew meanwhile."""
         data = WITHDRAWN + note.encode()
         try:
-            put_own(self.backend, name, data, if_match=etag)
+            put_own(self.backend, name, data, if_absent=etag is None, if_match=etag)
         except (Conflict, NotFound):
             self.backend.delete(note)
             return False
@@ -261,14 +264,13 @@ class Store:
     def records(self, stage: str) -> Iterator[Record]:
         """All readable records of a stage, newest first. For explaining misses and listing; never on the hit path."""
         entries = sorted(self.backend.list(f"v1/act/{stage}/"), key=lambda entry: -entry.modified)
-        keys = [entry.key.rpartition("/")[2].removesuffix(".json") for entry in entries]
-        found = self.backend.get_many([_record_key(stage, key) for key in keys], limit=MAX_RECORD_BYTES)
-        for key in keys:
-            stored = found[_record_key(stage, key)]
+        names = {entry.key.rpartition("/")[2].removesuffix(".json"): None for entry in entries}
+        keys = {_record_key(stage, name): name for name in names if is_digest(name)}
+        for key, stored in read_many(self.backend, keys):
             if stored is None:
                 continue
             try:
-                yield Record.decode(stored.data, stage, key)
+                yield Record.decode(stored.data, stage, keys[key])
             except (Damaged, NewerFormat):
                 continue
 

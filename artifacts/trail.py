@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from artifacts.backend import Backend
+from artifacts.backend import Backend, read_many
 from artifacts.digest import seal, unseal
 
 TRAIL = "v1/audit/"
@@ -50,10 +50,7 @@ def note(backend: Backend, action: str, because: str = "", **details: Any) -> Ac
 
 def read_trail(backend: Backend) -> Iterator[Action]:
     """All readable entries, oldest first."""
-    keys = [entry.key for entry in backend.list(TRAIL)]
-    found = backend.get_many(keys)
-    for key in sorted(keys):
-        stored = found[key]
+    for _, stored in read_many(backend, sorted(entry.key for entry in backend.list(TRAIL))):
         try:
             body = unseal(stored.data) if stored is not None else {}
             action, because, by, at = (body.pop(name) for name in ("action", "because", "by", "at"))

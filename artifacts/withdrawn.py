@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from artifacts.backend import read_many
 from artifacts.digest import canonical_json, is_digest, parse_canonical
 from artifacts.errors import Damaged
 from artifacts.mark import is_note, withdrawn_by
@@ -53,7 +54,7 @@ def withdrawals(store: Store, wanted: Callable[[str, str], bool] = lambda kind, 
         if is_note(entry.key) and is_stage(kind) and is_digest(key) and wanted(kind, key):
             named[entry.key] = (entry, kind, key)
     found = []
-    for note, stored in store.backend.get_many(named).items():
+    for note, stored in read_many(store.backend, named):
         entry, kind, key = named[note]
         try:
             body = parse_canonical(stored.data) if stored is not None else {}

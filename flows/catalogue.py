@@ -10,8 +10,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from artifacts.errors import Damaged
+from artifacts.mark import record_key
 from artifacts.presence import require_stored
-from artifacts.record import Record
+from artifacts.record import Record, is_withdrawn
 from artifacts.store import Store
 from artifacts.withdrawn import withdrawals
 from flows.display import clock, plural, say
@@ -181,7 +182,7 @@ def _output_of(store: Store, name: str, runs: list[Run]) -> Output:
         return Output(name, run, record, store)
     gone = [row for row in withdrawals(store, lambda *where: where == (stage, key)) if row.record is not None]
     gone = [row for row in gone if row.record.output == output]
-    became = str(gone[0]) if gone else f"lost: its record, {key[:12]}, is not in the store any more"
+    became = str(gone[0]) if gone else f"withdrawn or lost: its record, {key[:12]}, is not in the store any more"
     said = f"{name} of run {run.short} ({run.experiment}), output {output[:12]}, was {became}"
     if record is None:
         older = next((r for r in runs[1:] if r.nodes[name]["output"] != output), None)
@@ -233,11 +234,10 @@ def states_of(store: str | None, runs: list[Run]) -> dict[Where, str]:
             states[stage, key, output] = f"replaced by output {record.output[:12]}"
         elif record.equivalent is not None:
             states[stage, key, output] = "accepted"
-    if "withdrawn or lost" in states.values():
-        gone = {(row.kind, row.key) for row in withdrawals(opened)}
-        for where, state in states.items():
-            if state == "withdrawn or lost":
-                states[where] = "withdrawn" if where[:2] in gone else "lost"
+    gone = {where: record_key(*where[:2]) for where, state in states.items() if state == "withdrawn or lost"}
+    found = opened.backend.get_many(set(gone.values()))
+    for where, key in gone.items():
+        states[where] = "lost" if (stored := found[key]) is None or not is_withdrawn(stored.data) else "withdrawn"
     return states
 
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from artifacts.audit import verify
+from artifacts.backend import Backend, Object
 from artifacts.checkpoints import StoredCheckpoints
-from artifacts.digest import digest_bytes
+from artifacts.collect import collect
+from artifacts.digest import canonical_json, digest_bytes
+from artifacts.errors import Damaged
+from artifacts.keep import forget, pins
 from artifacts.record import Record, payload_key
 from artifacts.repair import Repair, repair
 from artifacts.store import Store, new_record
+from artifacts.trail import note, read_trail
 from artifacts.trees import object_key
+from artifacts.withdrawn import withdrawals
 
 HALF = 600 << 10
 """Bytes of each of a model's two tensors."""
@@ -269,6 +277,62 @@ def test_a_deleted_record_is_explained_once(made: Made) -> None:
     assert [finding.kind for finding in verify(made.store).findings] == ["record"]
     assert repair(made.store).unreadable
     assert verify(made.store).ok
+
+
+def test_a_record_that_was_made_anew_is_missed(made: Made) -> None:
+    """That it was withdrawn once does not explain why it is not there now: a run names it."""
+    record, key = made.tuned, f"v1/act/sft/{made.tuned.key}.json"
+    forget(made.store, record, "wrong data")
+    assert verify(made.store).ok
+    assert made.store.commit(record) == record and verify(made.store).ok
+    made.store.backend.delete(key)
+    assert [(finding.key, finding.problem[:10]) for finding in verify(made.store).findings] == [(key, "is missing")]
+    assert repair(made.store).unreadable == [key] and verify(made.store).ok
+    assert "withdrawn" in str(withdrawals(made.store)[0]) and "is missing" in withdrawals(made.store)[0].reason
+    assert made.store.commit(record) == record and verify(made.store).ok
+
+
+class Weighing:
+    """Knows the most bytes that one round of reads brought."""
+
+    def __init__(self, below: Backend) -> None:
+        self._below = below
+        self.most = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._below, name)
+
+    def get_many(self, keys: Iterable[str], **options: Any) -> dict[str, Object | None]:
+        found = self._below.get_many(keys, **options)
+        self.most = max(self.most, sum(len(stored.data) for stored in found.values() if stored is not None))
+        return found
+
+
+def test_objects_that_are_just_not_too_large_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """What is not small is read by itself, whole, wherever many objects are read."""
+    (tmp_path / "made").mkdir()
+    made = Made(Store.open(f"memory://{tmp_path.name}"), tmp_path / "made")
+    below = made.store.backend
+    note(below, "forget", "x" * 3_000_000, records=[])
+    for number in range(12):
+        name = f"{number:064x}"
+        for key in (
+            f"act/sft/{name}.json",
+            f"tree/00/{name}",
+            f"parts/00/{name}",
+            f"run/{name}.json",
+            f"pin/{number}.json",
+        ):
+            below.put(f"v1/{key}", bytes(3_000_000))
+        below.put(f"v1/trash/sft-{name}-0.json", canonical_json({"reason": "y" * 3_000_000}))
+    weighing = Weighing(below)
+    store = Store(weighing)  # type: ignore[arg-type]
+    assert len(verify(store).findings) == 5 * 12
+    with pytest.raises(Damaged, match="and 35 more"):
+        collect(store, grace=0.0)
+    assert len(withdrawals(store)) == 12 and [*store.records("sft")] == [made.tuned] and not pins(store)
+    assert len(next(read_trail(weighing)).because) == 3_000_000
+    assert 3_000_000 <= weighing.most < 3_300_000
 
 
 @pytest.mark.parametrize("what", ["newest", "pointer"])

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from artifacts.audit import verify
 from artifacts.collect import GRACE_SECONDS, NO_RECORD, collect
 from artifacts.digest import canonical_json
 from artifacts.errors import Conflict, Damaged, StoreError, StoreUnavailable
 from artifacts.intent import CONDEMNED, intent, read_condemned, set_free
+from artifacts.keep import forget, forget_run
 from artifacts.lease import Lease
+from artifacts.mark import record_key
 from artifacts.pending import Pending
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, new_record
@@ -352,6 +355,21 @@ def test_a_lost_memory_only_costs_time(aged: Store, study: Study) -> None:
     assert collect(aged).marked.objects == 3 and len(objects(aged)) == 3
     pass_days(aged, 8)
     assert collect(aged).deleted.objects == 3
+
+
+def test_what_stands_for_a_withdrawn_record_stays_while_a_run_names_it(aged: Store, study: Study) -> None:
+    """So what a run names and is not there was lost, however long ago it was withdrawn; without the run, it goes."""
+    dropped = study.make("dpo", a="dropped")
+    run = study.run(dropped)
+    forget(aged, dropped, "wrong data")
+    pass_days(aged, 8)
+    report = collect_twice(aged)
+    assert report.deleted.objects == 2 and report.in_use.keys() == {"act"}
+    assert objects(aged) == {record_key("dpo", dropped.key)}
+    assert verify(aged).ok
+    forget_run(aged, run, "superseded")
+    pass_days(aged, 8)
+    assert collect_twice(aged).deleted.objects == 1 and not objects(aged) and verify(aged).ok
 
 
 @pytest.mark.parametrize("left", [{}, {"v1/cas/aa/x": 1.0}])

@@ -137,6 +137,9 @@ def test_a_forgotten_output_is_not_another_run_s(made: SimpleNamespace) -> None:
     assert "  withdrawn" in listed and "output" in listed.splitlines()[1]
     made.store.backend.delete_many([entry.key for entry in made.store.backend.list("v1/trash/")])
     assert "not in the store any more" in command("show", "sft", cwd=made.cwd).stderr
+    assert plain("ls", cwd=made.cwd)["runs"][0]["states"] == {"sft": "withdrawn"}
+    made.store.backend.delete(f"v1/act/sft/{newer.key}.json")
+    assert plain("ls", cwd=made.cwd)["runs"][0]["states"] == {"sft": "lost"}
 
 
 def test_a_withdrawn_stage_is_planned_as_such(world: SimpleNamespace) -> None:

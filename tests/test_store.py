@@ -375,6 +375,9 @@ def test_damaged_record_is_withdrawn(store: Store) -> None:
     assert store.lookup("toy", good.key) is None and store.commit(good) == good
     [kept] = [e.key for e in store.backend.list("v1/trash/") if e.key.endswith(".bytes")]
     assert store.backend.get(kept).data == b"torn"
+    for stray in (".DS_Store", "notes.json"):
+        store.backend.put(f"v1/act/toy/{stray}", b"junk")
+    assert list(store.records("toy")) == [good]
 
 
 def test_publish_commits_what_it_stored(store: Store, tmp_path: Path) -> None:

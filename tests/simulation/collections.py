@@ -60,7 +60,7 @@ class Collections:
         for _ in range(3 if plan.rots or plan.forgets else 2):  # what is withdrawn is kept for a grace period more
             self._grow_old()
             self._alone("last visit", self.visit)
-        named = {f"v1/act/{stage}/{key}.json" for stage, key in self._schedule.named} - self._schedule.ledger.withdrawn
+        named = {f"v1/act/{stage}/{key}.json" for stage, key in self._schedule.named}
         self._schedule.ledger.check_collected(named)
 
     def visit(self) -> None:

@@ -371,7 +371,10 @@ class Ledger:
             self._check_complete(record)
 
     def check_collected(self, needed: set[str]) -> None:
-        """After collections of everything that is not needed: `needed` are the records that a run names."""
+        """After collections of everything that is not needed: `needed` are the records that a run names.
+
+        Where such a record was withdrawn, what stands in its place is needed, and its output is not.
+        """
         records = set(self.standing)
         parts = {part for record in needed & records for part in self.standing[record].parts}
         kinds = ("v1/act/", "v1/cas/", "v1/tree/", "v1/parts/", "v1/wip/", "v1/lease/", "v1/intent/", "v1/run/active-")

@@ -7,7 +7,8 @@ come to be in use, spare that, delete the rest; records first, then trees, parts
 collection leaves unused objects and never a record without them. Being killed at any point costs nothing but time.
 
 Ages are reckoned by the store's own clock. Nothing is deleted while anything that had to be read is damaged.
-What has no referrer at all (checkpoints whose lease has not beaten, old notes) goes by age alone, in one visit.
+What has no referrer at all (checkpoints whose lease has not beaten, old notes) goes by age alone, if it was as old at the
+visit before. So a clock that is set ahead makes nothing old that anybody uses: what counts is its time at both visits.
 """
 
 from __future__ import annotations
@@ -103,14 +104,15 @@ def collect(
     unused = _unused(marks, report)
     _by_stage(marks, unused, report)
     pending = Pending(backend)
+    surely = pending.surely(now)
     since = pending.since(unused, now)
     ready = _sort_out(unused, since, now, report, {time for time, _ in pending.shards})
     if not dry_run:
-        if since or pending.shards:
-            pending.replace(since)
+        pending.replace(since, now)
+        marks.young_since = surely - grace  # what is in use counts by both clocks, see `Pending`
         _delete(marks, ready, unused, since, pending, report, clock, say)
     shards = [key for _, key in pending.shards]
-    report.leftovers = remove_leftovers(backend, now, grace, shards, clock, dry_run=dry_run, say=say)
+    report.leftovers = remove_leftovers(backend, surely, grace, shards, clock, dry_run=dry_run, say=say)
     return report
 
 
@@ -240,4 +242,4 @@ def _delete(
 
     sweep(marks, ready, clock, on_deleted, say)
     gone = set(ready)
-    pending.replace({key: time for key, time in since.items() if key not in gone})
+    pending.replace({key: time for key, time in since.items() if key not in gone}, marks.now)

@@ -38,7 +38,7 @@ class Abandoned:
 
 def remove_leftovers(
     backend: Backend,
-    now: float,
+    surely: float,
     grace: float,
     pending: Iterable[str],
     clock: Clock,
@@ -46,10 +46,13 @@ def remove_leftovers(
     dry_run: bool,
     say: Say = lambda text: None,
 ) -> dict[str, Tally]:
-    """Remove what is left over and return how much of each kind it was. `pending` are the shards that are in use."""
+    """Remove what is left over and return how much of each kind it was.
+
+    `surely` is a time that has passed (see `artifacts.pending`), `pending` are the shards that are in use.
+    """
     found: dict[str, Tally] = {}
-    cutoff = now - grace
-    for kind, entry in _old(backend, now, cutoff, set(pending)):
+    cutoff = surely - grace
+    for kind, entry in _old(backend, surely, cutoff, set(pending)):
         found.setdefault(kind, Tally()).add(entry.size)
         if not dry_run:
             backend.delete(entry.key)
@@ -70,10 +73,10 @@ def remove_leftovers(
     return found
 
 
-def _old(backend: Backend, now: float, cutoff: float, pending: set[str]) -> Iterator[tuple[str, Entry]]:
+def _old(backend: Backend, surely: float, cutoff: float, pending: set[str]) -> Iterator[tuple[str, Entry]]:
     """Objects with names that nobody uses twice, whose time is over."""
     for kind, prefix, latest in (
-        ("probes", "v1/probe/", now - PROBE_SECONDS),
+        ("probes", "v1/probe/", surely - PROBE_SECONDS),
         ("intents", INTENTS, cutoff),
         ("interrupted runs", ACTIVE_RUNS, cutoff),
         ("trash", "v1/trash/", cutoff),

@@ -79,7 +79,7 @@ class Marks:
     now: float
     """When marking began."""
     young_since: float
-    """What changed after this is young."""
+    """What changed after this is young. May be set back, which makes more of it young."""
     records: dict[Where, Seen] = field(default_factory=dict)
     """Every readable record, live or not."""
     withdrawn: dict[Where, Entry] = field(default_factory=dict)
@@ -103,11 +103,15 @@ class Marks:
     """Objects among the roots whose names the store never writes. They are no roots, and are left alone."""
     roots: dict[str, int] = field(default_factory=dict)
     """How many roots of each kind there are: `run`, `active`, `pin`, `intent`, `young`."""
+    _unclear_since: float = field(init=False)
     _pinned: set[Where] = field(default_factory=set)
     _producers: dict[bytes, set[Where]] = field(default_factory=dict)
     _read_once: set[str] = field(default_factory=set)
     _lists: dict[str, Entry] = field(default_factory=dict)
     """The parts lists that were read, as they were listed then."""
+
+    def __post_init__(self) -> None:
+        self._unclear_since = self.young_since
 
     def refresh(self) -> None:
         """Take in everything that is in use now.
@@ -187,7 +191,8 @@ class Marks:
                 if not isinstance(names, list):
                     raise ValueError("names no keys")
             except ValueError as error:
-                self.unclear.append(self._unclear(young[key], error))
+                if young[key].modified >= self._unclear_since:
+                    self.unclear.append(self._unclear(young[key], error))
                 continue
             self.named.update(map(str, names))
             found.update(where for name in map(str, names) if (where := record_of(name)) is not None)
@@ -195,7 +200,7 @@ class Marks:
         return found
 
     def _unclear(self, entry: Entry, error: ValueError) -> str:
-        begun, passed = _local(entry.modified), _local(entry.modified + self.now - self.young_since)
+        begun, passed = _local(entry.modified), _local(entry.modified + self.now - self._unclear_since)
         return (
             f"{entry.key}, the note of a writer, cannot be read ({error}); it counts until the grace period has passed, so "
             f"run gc again after {passed}; or, once nothing that was running at {begun} is running any more, delete that "

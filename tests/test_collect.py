@@ -380,18 +380,18 @@ def test_a_lost_reply_to_the_memory_is_no_other_collection(aged: Store, left: di
         raise Conflict("answers the second request")
 
     pending = Pending(aged.backend)
-    pending.replace({"v1/cas/aa/x": 1.0, "v1/cas/bb/y": 1.0})
+    pending.replace({"v1/cas/aa/x": 1.0, "v1/cas/bb/y": 1.0}, 1.0)
     aged.backend.hooks.append(("put", "v1/trash/pending.json", refuse))
-    pending.replace(left)
+    pending.replace(left, 1.0)
     assert Pending(aged.backend).since(dict.fromkeys(["v1/cas/aa/x", "v1/cas/bb/y"], 1), 9.0) == {
         "v1/cas/aa/x": 9.0,
         "v1/cas/bb/y": 9.0,
         **left,
     }
-    pending.replace({})
-    Pending(aged.backend).replace({})
+    pending.replace({}, 1.0)
+    Pending(aged.backend).replace({}, 1.0)
     with pytest.raises(Conflict, match="another collection"):
-        pending.replace({})
+        pending.replace({}, 1.0)
 
 
 def test_many_keys_go_in_rounds(aged: Store, study: Study, monkeypatch) -> None:
@@ -409,7 +409,7 @@ def test_many_keys_go_in_rounds(aged: Store, study: Study, monkeypatch) -> None:
 
 
 def test_leftovers_of_killed_workers(aged: Store, study: Study) -> None:
-    """Checkpoints and leases go when nothing of their key changed for the grace period; a beating lease keeps both."""
+    """What is as old at two visits goes; checkpoints and leases by the newest of their key, so a beat keeps both."""
     backend = aged.backend
     for key in ("a" * 64, "b" * 64):
         assert Lease(backend, key, holder={"machine": "elsewhere"}).try_acquire()
@@ -425,6 +425,8 @@ def test_leftovers_of_killed_workers(aged: Store, study: Study) -> None:
     ):
         backend.put(name, canonical_json({"keys": [], "nodes": {}}))
     pass_days(aged, 8)
+    assert not collect(aged).leftovers
+    pass_days(aged, 1)
     beating = Lease(backend, "b" * 64, clock=FastClock())
     while not beating.try_acquire():
         beating.clock.now += 40

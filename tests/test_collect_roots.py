@@ -72,7 +72,8 @@ def test_an_intent_that_cannot_be_read_counts_while_it_is_young(aged: Store, stu
         collect(aged)
     assert "repair" not in str(refused.value) and objects(aged) == before
     pass_days(aged, 7.1)
-    assert collect(aged).deleted.objects == 3 and name not in keys(aged)
+    assert collect(aged).deleted.objects == 3
+    assert collect(aged).leftovers["intents"].objects == 1 and name not in keys(aged)
 
 
 def test_an_intent_that_cannot_be_read_can_be_deleted_by_hand(aged: Store, study: Study) -> None:

@@ -329,7 +329,7 @@ def test_a_pending_list_cannot_have_records_deleted(store: Store) -> None:
     store.commit(GOOD)
     store.backend.put(INDEX, canonical_json({"schema": 1, "shards": [[1.0, f"v1/act/toy/{KEY}.json"]]}))
     pending = Pending(store.backend)
-    pending.replace({})
+    pending.replace({}, 0.0)
     assert store.lookup("toy", KEY) == GOOD
 
 

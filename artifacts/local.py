@@ -2,23 +2,20 @@
 
 An object is written to a temporary file on the same file system, synced, and only then given its name, so that a kill at
 any moment leaves the old object or the new one. Create-only is `link(2)`, which the kernel refuses when the name exists;
-compare-and-swap reads, compares and renames under an `flock(2)`, which the kernel releases when its holder dies; a holder
-that is merely stopped costs the others an error after `LOCK_SECONDS`, never an endless wait.
+compare-and-swap reads, compares and renames under a lock (see `artifacts.file_lock`), and so does whoever replaces or
+deletes such an object without a condition: between comparing and renaming nothing of it changes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import stat
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,6 +34,7 @@ from artifacts.backend import (
 )
 from artifacts.digest import digest_bytes, digest_file
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge, Unreadable
+from artifacts.file_lock import locked
 
 TEMPORARY = ".tmp"
 FILE_MODE = 0o644
@@ -45,23 +43,10 @@ FOLDER_MODE = 0o755
 CHUNK_BYTES = 1 << 20
 UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 """What reading one object fails with when that object is the trouble: its permissions, or the disk below it."""
-LOCK_SECONDS = 20.0
-"""Longest wait for another process's compare-and-swap, which takes milliseconds when that process runs."""
+NEVER_SWAPPED = ("v1/cas/", "v1/tree/", "v1/parts/", "v1/intent/", "v1/audit/")
+"""Objects that nobody compares and swaps: they are named by content, or put once. No lock is taken for them."""
 LEFTOVER_SECONDS = 86400.0
 """Age at which a temporary file is taken for one that a killed process left behind."""
-
-_locks: set[FileIO] = set()
-"""The files by which compare-and-swaps of this process hold their locks."""
-
-
-def _after_fork() -> None:
-    """A lock lasts as long as anyone has its file open: a child must not hold it when this process is long gone."""
-    for lock in _locks:
-        lock.close()
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 class LocalBackend:
@@ -102,8 +87,11 @@ class LocalBackend:
                     os.fsync(file.fileno())
                 if if_match is not None:
                     self._swap(key, temporary, if_match)
+                elif if_absent:
+                    self._publish(temporary, self._path(key), replace=False)
                 else:
-                    self._publish(temporary, self._path(key), replace=not if_absent)
+                    with self._guard(key):
+                        self._publish(temporary, self._path(key), replace=True)
             finally:
                 temporary.unlink(missing_ok=True)
         return digest_bytes(data)
@@ -217,7 +205,10 @@ class LocalBackend:
 
     def delete(self, key: str) -> None:
         with self._errors(key, "delete"):
-            self._path(key).unlink(missing_ok=True)
+            path = self._path(key)
+            if path.exists():
+                with self._guard(key):
+                    path.unlink(missing_ok=True)
 
     def delete_many(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -314,11 +305,20 @@ class LocalBackend:
                 return
             folder = folder.parent
 
+    @contextmanager
+    def _guard(self, key: str) -> Iterator[None]:
+        """For the length of the block nobody else swaps, replaces or deletes this object."""
+        if key.startswith(NEVER_SWAPPED):
+            yield
+            return
+        make_folders(self.root / TEMPORARY)
+        name = f"swap-{digest_bytes(os.fsencode(key))[:2]}.lock"
+        with locked(self.root / TEMPORARY / name, f"write {key} in the store {self.url}"):
+            yield
+
     def _swap(self, key: str, temporary: Path, if_match: str) -> None:
         target = self._path(key)
-        guard = self.root / TEMPORARY / f"swap-{digest_bytes(key.encode())[:2]}.lock"
-        with open(os.open(guard, os.O_WRONLY | os.O_CREAT, FILE_MODE), "ab", buffering=0) as lock, _own(lock):
-            self._lock(lock.fileno(), key)
+        with self._guard(key):
             try:
                 current = digest_file(target)
             except FileNotFoundError:
@@ -327,20 +327,6 @@ class LocalBackend:
                 raise Conflict(f"{key} in {self.url} changed since it was read")
             os.replace(temporary, target)
         _sync(target.parent)
-
-    def _lock(self, descriptor: int, key: str) -> None:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise StoreUnavailable(
-                        f"cannot write {key} in the store {self.url}: another process has held the lock of this write "
-                        f"for {LOCK_SECONDS:.0f} s; look for a stopped process that uses this store"
-                    ) from error
-            time.sleep(0.01)
 
     @contextmanager
     def _errors(self, key: str, verb: str) -> Iterator[None]:
@@ -392,19 +378,6 @@ def _sync(folder: Path) -> None:
 def _sync_if_readable(folder: Path) -> None:
     with contextlib.suppress(PermissionError):
         _sync(folder)
-
-
-@contextmanager
-def _own(lock: FileIO) -> Iterator[None]:
-    """For the length of the block `lock` may hold a lock, which no forked process shares."""
-    _locks.add(lock)
-    try:
-        yield
-    finally:
-        # To close the file is not enough: a process that is forked in this moment has it open, too.
-        if not lock.closed:
-            fcntl.flock(lock, fcntl.LOCK_UN)
-        _locks.discard(lock)
 
 
 def _create(path: Path) -> BinaryIO:

@@ -332,9 +332,9 @@ def test_nothing_is_left_over(backend: Backend, tmp_path: Path) -> None:
 
 def test_a_forked_process_holds_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process forked in the middle of a compare-and-swap keeps nobody from the next one, even if its parent dies there."""
-    from artifacts import local
+    from artifacts import file_lock
 
-    monkeypatch.setattr(local, "LOCK_SECONDS", 1.0)
+    monkeypatch.setattr(file_lock, "LOCK_SECONDS", 1.0)
     backend = open_backend(str(tmp_path / "store"))
     etag, replace, children = backend.put("v1/x", b"1"), os.replace, []
     gate, held = os.pipe()
@@ -421,7 +421,7 @@ def test_names_of_new_folders_are_synced(tmp_path: Path, monkeypatch: pytest.Mon
 def test_local_leftovers(tmp_path: Path) -> None:
     """What a killed writer left in a folder is told, then removed once it is old enough, and locks stay."""
     backend = open_backend(str(tmp_path / "store"))
-    backend.put("v1/x", b"1")
+    backend.put("v1/cas/x", b"1")
     for name, age in (("old", 1000), ("young", 0), ("swap-00.lock", 1000)):
         path = tmp_path / "store" / ".tmp" / name
         path.write_bytes(b"12345")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -232,9 +233,9 @@ def test_stopped_lock_holder_blocks_nobody_for_ever(tmp_path: Path, monkeypatch:
     """A compare-and-swap that cannot get its lock gives up with an error that says what to look for."""
     import fcntl
 
-    from artifacts import local
+    from artifacts import file_lock
 
-    monkeypatch.setattr(local, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(file_lock, "LOCK_SECONDS", 0.2)
     backend = open_backend(str(tmp_path / "store"))
     etag = backend.put("v1/x", b"1")
     backend.put("v1/x", b"2", if_match=etag)
@@ -244,6 +245,37 @@ def test_stopped_lock_holder_blocks_nobody_for_ever(tmp_path: Path, monkeypatch:
         with pytest.raises(StoreUnavailable, match="stopped process"):
             backend.put("v1/x", b"3", if_match=backend.get("v1/x").etag)
     backend.put("v1/x", b"3", if_match=backend.get("v1/x").etag)
+
+
+@pytest.mark.parametrize("how", ["delete and create", "replace"])
+def test_nothing_changes_between_comparing_and_swapping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Who deletes or replaces an object while another swaps it comes before or after: what is told to stand, stands."""
+    import os
+
+    mine, other = open_backend(str(tmp_path / "store")), open_backend(str(tmp_path / "store"))
+    etag, rename = mine.put("v1/x", b"old"), os.replace
+
+    def change() -> None:
+        if how == "replace":
+            other.put("v1/x", b"other")
+        else:
+            other.delete("v1/x")
+            other.put("v1/x", b"other", if_absent=True)
+
+    beside = threading.Thread(target=change)
+
+    def renaming(*paths: Any) -> None:
+        if threading.current_thread() is not beside and not beside.ident:
+            beside.start()
+            beside.join(0.3)
+        rename(*paths)
+
+    monkeypatch.setattr(os, "replace", renaming)
+    mine.put("v1/x", b"mine", if_match=etag)
+    beside.join()
+    assert mine.get("v1/x").data == b"other"
 
 
 def test_old_temporary_files_are_swept(tmp_path: Path) -> None:
@@ -256,7 +288,7 @@ def test_old_temporary_files_are_swept(tmp_path: Path) -> None:
         (temporary / name).write_text("")
         if name != "fresh":
             os.utime(temporary / name, (1, 1))
-    open_backend(str(tmp_path / "store")).put("v1/x", b"1")
+    open_backend(str(tmp_path / "store")).put("v1/cas/x", b"1")
     assert {p.name for p in temporary.iterdir()} == {"fresh", "swap-00.lock"}
 
 

@@ -128,10 +128,10 @@ def _seconds(text: str) -> float:
 def _run(options: argparse.Namespace) -> int:
     from flows.catalogue import accepted_line
     from flows.running import run_study
-    from flows.session import open_study
+    from flows.session import open_study_aloud
 
     started = time.monotonic()
-    study = open_study(options.config, options.store, options.overrides)
+    study = open_study_aloud(options.config, options.store, options.overrides)
     result = run_study(
         study,
         engine=options.engine,
@@ -169,9 +169,9 @@ def _print_claims(results: Path) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     from flows.display import clock
-    from flows.session import open_study
+    from flows.session import open_study_aloud
 
-    resolutions = open_study(options.config, options.store, options.overrides).plan().values()
+    resolutions = open_study_aloud(options.config, options.store, options.overrides).plan().values()
     rows = [
         {
             "name": r.node.name,
@@ -202,9 +202,9 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _why(options: argparse.Namespace) -> int:
     from flows.catalogue import accepted_line
-    from flows.session import open_study
+    from flows.session import open_study_aloud
 
-    study = open_study(options.config, options.store, options.overrides)
+    study = open_study_aloud(options.config, options.store, options.overrides)
     _require_node(options.name, [node.name for node in study.graph])
     plan = study.plan()
     resolution = plan[options.name]
@@ -232,9 +232,9 @@ def _why(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from flows.export import export_report
-    from flows.session import open_study
+    from flows.session import open_study_aloud
 
-    study = open_study(options.config, options.store, options.overrides)
+    study = open_study_aloud(options.config, options.store, options.overrides)
     resolutions = study.plan(explain=False)
     missing = [name for name, resolution in resolutions.items() if resolution.record is None]
     if missing:

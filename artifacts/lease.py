@@ -33,6 +33,11 @@ WRITE_ATTEMPTS = 4
 """Times that a holder writes its lease anew over an earlier beat of its own."""
 
 
+def lease_key(key: str) -> str:
+    """The object key of the lease on `key`."""
+    return f"v1/lease/{key}.json"
+
+
 def this_process() -> dict[str, object]:
     """What identifies this process to others on the same machine; empty where the system cannot tell."""
     return process_identity(os.getpid())
@@ -99,6 +104,7 @@ class Lease:
         try:
             stored = self.backend.get(self._path)
         except NotFound:
+            self._await_removal()
             return self._write(self.last_fence() + 1, "held", None)
         except TooLarge as error:
             return self._write(self.last_fence() + 1, "held", error.etag)
@@ -130,10 +136,19 @@ class Lease:
         entries = list(self.backend.list(self._path))
         return all(is_old(entry) for entry in entries) and self._write(fence + 1, "held", stored.etag)
 
-    def remove(self) -> None:
-        """Delete the lease while it is held: whoever waits for it makes a new one."""
+    def _await_removal(self) -> None:
+        """Wait while a collection is removing the lease: its request may arrive late, and would take a new one away."""
+        from artifacts.intent import wait_until_spared
+
+        wait_until_spared(self.backend, frozenset({self._path}), self.clock)
+
+    def remove(self, delete: Callable[[str], None]) -> None:
+        """Have `delete` delete the lease while it is held: whoever waits for it makes a new one.
+
+        The condemned list has to name it until no request of that deletion can arrive any more.
+        """
         if self.held:
-            self.backend.delete(self._path)
+            delete(self._path)
             self._etag = None
 
     def renew(self) -> None:
@@ -188,7 +203,7 @@ class Lease:
 
     @property
     def _path(self) -> str:
-        return f"v1/lease/{self.key}.json"
+        return lease_key(self.key)
 
     def _write(self, fence: int, state: str, etag: str | None) -> bool:
         """Write the lease if it still is as `etag` says (None: not there); False when somebody else was faster."""

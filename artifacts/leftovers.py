@@ -3,7 +3,8 @@ uploads.
 
 A checkpoint or a lease is old when nothing of its key has changed for the grace period by the store's clock. A worker may
 come back to it in that very moment, so both are removed with the lease in hand: the worker waits for it as for any other
-holder, then finds no checkpoint and no lease, and starts anew.
+holder, then finds no checkpoint and no lease, and starts anew; once the condemned list does not name its lease any more, as a
+deletion that was not answered may arrive late.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from dataclasses import dataclass, field
 from artifacts.backend import Backend, Entry
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.clock import Clock
+from artifacts.condemned import CondemnedList
 from artifacts.errors import LeaseLost, NotFound, StoreUnavailable
 from artifacts.intent import CONDEMNED, INTENT, INTENTS, Say
-from artifacts.lease import Lease
+from artifacts.lease import Lease, lease_key
 from artifacts.mark import ACTIVE_RUNS, Tally
 from artifacts.pending import INDEX
 
 PROBE_SECONDS = 3600.0
+AT_ONCE = 1000
+"""Leases that are condemned together."""
 
 
 @dataclass(slots=True)
@@ -56,11 +60,12 @@ def remove_leftovers(
         found.setdefault(kind, Tally()).add(entry.size)
         if not dry_run:
             backend.delete(entry.key)
-    for key, abandoned in _abandoned(backend, cutoff).items():
-        if dry_run or _remove(backend, key, cutoff, clock):
-            tally = found.setdefault("checkpoints and leases", Tally())
-            tally.objects += abandoned.size.objects
-            tally.bytes += abandoned.size.bytes
+    tally = Tally()
+    for abandoned in _remove_abandoned(backend, cutoff, clock, say, dry_run=dry_run):
+        tally.objects += abandoned.size.objects
+        tally.bytes += abandoned.size.bytes
+    if tally.objects:
+        found["checkpoints and leases"] = tally
     try:
         unfinished = backend.sweep(grace, dry_run=dry_run)
     except StoreUnavailable as error:
@@ -101,7 +106,23 @@ def _abandoned(backend: Backend, cutoff: float) -> dict[str, Abandoned]:
     return {key: abandoned for key, abandoned in found.items() if abandoned.changed < cutoff}
 
 
-def _remove(backend: Backend, key: str, cutoff: float, clock: Clock) -> bool:
+def _remove_abandoned(backend: Backend, cutoff: float, clock: Clock, say: Say, *, dry_run: bool) -> Iterator[Abandoned]:
+    """Remove what nobody has touched for long; who comes back to it waits until every deletion of it is over."""
+    waiting = list(_abandoned(backend, cutoff).items())
+    if dry_run:
+        yield from (abandoned for _, abandoned in waiting)
+        return
+    while some := waiting[:AT_ONCE]:
+        del waiting[:AT_ONCE]
+        condemned = CondemnedList(backend, clock, say)
+        try:
+            condemned.put(lease_key(key) for key, _ in some)
+            yield from (abandoned for key, abandoned in some if _remove(backend, key, cutoff, clock, condemned))
+        finally:
+            condemned.free()
+
+
+def _remove(backend: Backend, key: str, cutoff: float, clock: Clock, condemned: CondemnedList) -> bool:
     """Remove a key's checkpoints, the pointer first, and its lease, with the lease in hand; False if somebody has it."""
     lease = Lease(backend, key, clock=clock, last_fence=StoredCheckpoints(backend, key, 0).stored_fence)
     if not lease.take_over(lambda entry: entry.modified < cutoff):
@@ -112,11 +133,11 @@ def _remove(backend: Backend, key: str, cutoff: float, clock: Clock) -> bool:
             lease.release()
             return False
         lease.confirm()
-        backend.delete(pointer := f"v1/wip/{key}/LATEST")
+        condemned.delete([pointer := f"v1/wip/{key}/LATEST"])
         # Under names that nobody uses twice, unlike the pointer, which may be a new worker's by then.
         backend.delete_many([entry.key for entry in entries if entry.key != pointer])
         lease.confirm()
-        lease.remove()
+        lease.remove(lambda path: condemned.delete([path]))
     except (LeaseLost, NotFound):
         return False
     return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import uuid
 
 import pytest
@@ -9,13 +11,14 @@ import pytest
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.collect import collect
 from artifacts.digest import canonical_json, seal
-from artifacts.intent import INTENTS
+from artifacts.intent import INTENTS, SETTLE_SECONDS
 from artifacts.keep import forget
-from artifacts.lease import Lease
+from artifacts.lease import Lease, lease_key
 from artifacts.mark import ACTIVE_RUNS
 from artifacts.pending import INDEX, Pending
 from artifacts.store import Store
 from tests import test_collect
+from tests.aging import FastClock
 from tests.test_collect import Study, keys, objects, pass_days
 
 aged, study = test_collect.aged, test_collect.study
@@ -78,3 +81,32 @@ def test_a_memory_that_does_not_say_when_it_was_written(aged: Store) -> None:
         pending = Pending(aged.backend)
         assert pending.visited == visited and pending.surely(9.0) == (visited or float("-inf"))
         assert pending.surely(3.0) == (3.0 if visited else float("-inf"))
+
+
+def test_a_late_deletion_takes_no_new_lease(aged: Store) -> None:
+    """Who comes back to a stage whose lease is being removed has it only when no request of that can arrive any more."""
+    key, name = "a" * 64, lease_key("a" * 64)
+    assert Lease(aged.backend, key, holder={"machine": "elsewhere"}).try_acquire()
+    pass_days(aged, 8)
+    assert not collect(aged).leftovers
+    pass_days(aged, 8)
+    waited, done, collecting = threading.Event(), threading.Event(), FastClock()
+    writing = FastClock(lambda: (waited.set(), time.sleep(0.01)))  # type: ignore[arg-type, return-value]
+    mine = Lease(aged.backend, key, clock=writing)
+    worker = threading.Thread(target=lambda: (mine.try_acquire(), done.set()))
+
+    def answered_late() -> None:
+        collecting.now += 1.0
+
+    def settling() -> None:
+        worker.start()
+        while not (waited.is_set() or done.is_set()):
+            time.sleep(0.01)
+        aged.backend.delete(name)
+
+    aged.backend.hooks.append(("delete", name, answered_late))
+    collecting.then = settling
+    assert collect(aged, clock=collecting).leftovers["checkpoints and leases"].objects == 1
+    worker.join()
+    mine.confirm()
+    assert waited.is_set() and collecting.now >= SETTLE_SECONDS

@@ -56,12 +56,13 @@ class Collections:
 
     def finish(self) -> None:
         """Collections with nobody else at work leave what a run needs, and nothing else."""
-        plan = self._schedule.plan
+        plan, ledger = self._schedule.plan, self._schedule.ledger
+        names = {f"v1/act/{stage}/{key}.json" for stage, key in self._schedule.named}
+        ledger.relied &= names  # the notes of interrupted runs have their time
         for _ in range(3 if plan.rots or plan.forgets else 2):  # what is withdrawn is kept for a grace period more
             self._grow_old()
             self._alone("last visit", self.visit)
-        named = {f"v1/act/{stage}/{key}.json" for stage, key in self._schedule.named}
-        self._schedule.ledger.check_collected(named)
+        ledger.check_collected(names)
 
     def visit(self) -> None:
         """One visit of the real collection."""

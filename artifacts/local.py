@@ -273,7 +273,7 @@ class LocalBackend:
         file = open(os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: SIM115
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.close()
-            raise Damaged(f"{key} in the store {self.url} is not a plain file")
+            raise Damaged(f"{key} in the store {self.url} is not a plain file; remove it by hand")
         return file
 
     def _temporary(self) -> Path:
@@ -347,6 +347,8 @@ class LocalBackend:
         if isinstance(error.filename, str) and not error.filename.startswith(self.url):
             reason = f"{error.filename}: {reason}"
         advice = "check its permissions and free space, or name another store with --store"
+        if error.errno == errno.EISDIR:
+            advice = "there should be a file; remove that folder by hand"
         return f"cannot {verb} {key} in the store {self.url}: {reason}; {advice}"
 
     def _listing_error(self, error: OSError) -> None:

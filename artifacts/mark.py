@@ -34,7 +34,7 @@ from artifacts.intent import CONDEMNED, INTENT, INTENTS
 from artifacts.lineage import Where, lineage
 from artifacts.record import Record, is_withdrawn
 from artifacts.store import Store
-from artifacts.trees import parts_of
+from artifacts.trees import object_key, parts_of
 
 SAME_MOMENT_SECONDS = 5.0
 """A record or parts list this young may be replaced within one tick of the store's clock: it is always read anew."""
@@ -149,7 +149,7 @@ class Marks:
             where = record_of(key)
             return where in self.live or where in self.rooted or not (where in self.records or where in self.withdrawn)
         digest = name.rpartition("/")[2]
-        if kind not in ("cas", "tree", "parts") or not is_digest(digest):
+        if kind not in ("cas", "tree", "parts") or not is_digest(digest) or key != object_key(kind, digest):
             return True
         return bytes.fromhex(digest) in (self.trees if kind == "tree" else self.blobs)
 
@@ -359,10 +359,13 @@ def withdrawn_by(note: str) -> tuple[str, str]:
 
 
 def by_digest(store: Store, kind: str) -> Iterator[tuple[str, Entry]]:
-    """(digest, entry) of every object of a kind (`cas`, `tree`, `parts`) whose name is a digest."""
+    """(digest, entry) of every object of a kind (`cas`, `tree`, `parts`) that is named by a digest, and where that belongs.
+
+    A copy that somebody put into another folder says nothing of the object itself; no reader would look there.
+    """
     for entry in store.backend.list(f"v1/{kind}/"):
         digest = entry.key.rpartition("/")[2]
-        if is_digest(digest):
+        if is_digest(digest) and entry.key == object_key(kind, digest):
             yield digest, entry
 
 

@@ -207,14 +207,13 @@ class Store:
 
         Where none is, though something names it, that is said in its place. False, and nothing is changed, when it is a
         record after all or was withdrawn by somebody else.
+
+        Raises:
+            Damaged: it is no object at all, such as a folder in a local store; only a person can clear that.
         """
         name = _record_key(stage, key)
         try:
             stored = self.backend.get(name, limit=MAX_RECORD_BYTES)
-            if is_withdrawn(stored.data):
-                return False
-            Record.decode(stored.data, stage, key)
-            return False
         except NotFound:
             note = f"v1/trash/{stage}-{key}-{uuid.uuid4().hex}.json"
             self.backend.put(note, canonical_json({"reason": reason}))
@@ -222,6 +221,10 @@ class Store:
         except TooLarge as error:
             # Nothing of use is lost with it, and it may be larger than what is left of the disk.
             stored, reason = Object(b"", error.etag), f"{reason} ({error}; its bytes were not kept)"
+        try:
+            if not is_withdrawn(stored.data):
+                Record.decode(stored.data, stage, key)
+            return False
         except Damaged:
             pass
         trash = f"v1/trash/{stage}-{key}-{uuid.uuid4().hex}"

@@ -19,6 +19,8 @@ from artifacts.digest import seal, unseal
 
 TRAIL = "v1/audit/"
 PINS = "v1/pin/"
+SCHEMA = 2
+"""Number of the form of entries. Where a collection of the time of form 1 had been, the word `withdrawn` did not stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Action:
     """Unix seconds."""
     details: dict[str, Any] = field(default_factory=dict)
     """What it was done to; `records` are the object keys of records that were withdrawn."""
+    schema: int = SCHEMA
 
     def describe(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -44,7 +47,7 @@ def note(backend: Backend, action: str, because: str = "", **details: Any) -> Ac
     """Add an entry to the trail."""
     entry = Action(action, because, me(), round(time.time(), 3), details)
     name = f"{TRAIL}{int(entry.at * 1000):015d}-{uuid.uuid4().hex}.json"
-    backend.put(name, seal({"schema": 1, **entry.describe()}))
+    backend.put(name, seal({"schema": SCHEMA, **entry.describe()}))
     return entry
 
 
@@ -54,13 +57,15 @@ def read_trail(backend: Backend) -> Iterator[Action]:
         try:
             body = unseal(stored.data) if stored is not None else {}
             action, because, by, at = (body.pop(name) for name in ("action", "because", "by", "at"))
-            if type(at) not in (int, float) or not all(isinstance(text, str) for text in (action, because, by)):
+            if not (type(at) in (int, float) and 0 <= at < 1e11):
+                continue  # no calendar knows such a day
+            if not all(isinstance(text, str) for text in (action, because, by)):
                 continue
         except (ValueError, KeyError):
             continue
-        body.pop("schema", None)
+        schema = body.pop("schema", None)
         if isinstance(body.get("records", []), list):
-            yield Action(action, because, by, float(at), body)
+            yield Action(action, because, by, float(at), body, 1 if schema == 1 else SCHEMA)
 
 
 def me() -> str:

@@ -243,17 +243,6 @@ def object_keys(store: Store, digest: str) -> list[tuple[str, int]]:
     return found
 
 
-def missing_objects(store: Store, digest: str) -> list[str]:
-    """Keys of the objects of a stored tree that are not there, or not as long as they must be. Their bytes are not read.
-
-    Raises:
-        Damaged: the tree or a parts list cannot be read.
-    """
-    expected = dict(object_keys(store, digest))
-    there = store.backend.sizes(expected)
-    return [key for key, size in expected.items() if there[key] != size]
-
-
 def object_keys_of(store: Store, digests: Iterable[str]) -> Iterator[tuple[str, list[tuple[str, int]] | Damaged]]:
     """`object_keys` of many trees in two rounds of concurrent reads; `Damaged` stands where it would be raised."""
     url, digests = store.backend.url, list(dict.fromkeys(digests))

@@ -14,7 +14,7 @@ from artifacts.audit import verify
 from artifacts.backend import Backend, Object
 from artifacts.checkpoints import StoredCheckpoints
 from artifacts.collect import collect
-from artifacts.digest import canonical_json, digest_bytes
+from artifacts.digest import canonical_json, digest_bytes, seal
 from artifacts.errors import Damaged
 from artifacts.keep import forget, pins
 from artifacts.record import Record, payload_key
@@ -290,6 +290,28 @@ def test_a_record_that_was_made_anew_is_missed(made: Made) -> None:
     assert repair(made.store).unreadable == [key] and verify(made.store).ok
     assert "withdrawn" in str(withdrawals(made.store)[0]) and "is missing" in withdrawals(made.store)[0].reason
     assert made.store.commit(record) == record and verify(made.store).ok
+
+
+def test_a_copy_in_another_folder_is_no_damage(made: Made) -> None:
+    """What somebody copied to where no reader looks is not taken for the object itself, nor for a second one."""
+    for kind in ("tree", "parts list", "blob"):
+        key = made.objects(kind)[0]
+        made.store.backend.put(f"{key[:-67]}zz/{key[-64:]}", b"something else")
+    assert verify(made.store).ok
+    assert not repair(made.store).removed and verify(made.store).ok
+
+
+def test_what_was_withdrawn_in_earlier_days_is_no_damage(made: Made) -> None:
+    """Collections removed the word `withdrawn` then; the trail says who withdrew the record, unless it was brought back."""
+    record, key = made.tuned, f"v1/act/sft/{made.tuned.key}.json"
+    body = {"schema": 1, "action": "forget", "because": "wrong", "by": "me@here", "at": 1e9, "records": [key]}
+    made.store.backend.put("v1/audit/000-early.json", seal(body))
+    made.store.backend.delete(key)
+    assert verify(made.store).ok and not repair(made.store).unreadable
+    assert made.store.commit(record) == record
+    note(made.store.backend, "restore", records=[key])
+    made.store.backend.delete(key)
+    assert [(finding.key, finding.problem[:10]) for finding in verify(made.store).findings] == [(key, "is missing")]
 
 
 class Weighing:

@@ -129,3 +129,16 @@ def test_nothing_is_deleted_on_the_word_of_a_damaged_list(fleet: Fleet, harm: st
             collect(fleet.store)
     fleet.backend.put(key, good)
     assert fleet.readable(record)
+
+
+def test_a_copy_of_a_list_in_another_folder_is_no_list(fleet: Fleet) -> None:
+    """An older parts list that somebody copied elsewhere says nothing of what the file consists of now."""
+    fleet.publish(level=1)
+    stray = f"v1/parts/zz/{fleet.list_key()[-64:]}"
+    old = fleet.backend.get(fleet.list_key()).data
+    record = fleet.publish(level=9)
+    fleet.backend.put(stray, old)
+    for _ in range(2):
+        fleet.backend.now += 8 * DAY
+        collect(fleet.store)
+    assert fleet.readable(record) and fleet.backend.get(stray).data == old

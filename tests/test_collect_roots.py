@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from artifacts.digest import canonical_json
 from artifacts.errors import Damaged, StoreError
 from artifacts.intent import CONDEMNED, INTENTS
 from artifacts.keep import forget, pin, pins
+from artifacts.lineage import lineage
 from artifacts.mark import record_key
 from artifacts.repair import repair
 from artifacts.store import Store
 from tests import test_collect
 from tests.aging import AgingBackend, FastClock
+from tests.counting import CountingBackend
 from tests.test_collect import Study, collect_twice, keys, objects, pass_days
 
 aged, study = test_collect.aged, test_collect.study
@@ -145,3 +148,31 @@ def test_a_pin_waits_for_all_of_its_lineage(aged: Store, study: Study) -> None:
     with pytest.raises(StoreError, match="pretrain .* was deleted meanwhile"):
         pin(aged, "paper", {"tuned": tuned})
     assert aged.clock.sleeps == 1 and not pins(aged) and not list(aged.backend.list(INTENTS))
+
+
+def test_a_pin_asks_in_rounds(tmp_path: Path) -> None:
+    """What it keeps is looked at all at once: a long lineage costs no more requests than a short one."""
+    calls = []
+    for length in (2, 12):
+        backend = CountingBackend(Store.open(f"memory://{uuid.uuid4().hex}").backend)
+        study = Study(Store(backend), tmp_path)
+        record = study.make("stage", a="0")
+        for step in range(1, length):
+            record = study.make("stage", inputs={"above": record.output}, a=str(step))
+        backend.reset()
+        pin(study.store, "paper", {"last": record})
+        calls.append(dict(backend.calls))
+    assert calls[0] == calls[1]
+
+
+def test_a_lineage_meets_each_input_once() -> None:
+    """However many records made the same bytes, and however many read them."""
+    asked: list[str] = []
+    makers = {tree: [("stage", f"{tree}{number}") for number in range(30)] for tree in "ab"}
+
+    def makers_of(tree: str) -> list[tuple[str, str]]:
+        asked.append(tree)
+        return makers[tree]
+
+    found = lineage([("stage", "last")], lambda where: ["a", "b"] if where[1] == "last" else ["b"], makers_of)
+    assert sorted(asked) == ["a", "b"] and len(found) == 61

@@ -193,7 +193,7 @@ def test_a_pointer_to_somewhere_else_ends_no_verification(name: Any, store: Stor
     assert StoredCheckpoints(store.backend, KEY, 2).restore(tmp_path) is None
 
 
-@pytest.mark.parametrize("at", ["soon", None, [], True])
+@pytest.mark.parametrize("at", ["soon", None, [], True, 1e300, -1e17])
 def test_a_trail_with_other_kinds_of_values(at: Any) -> None:
     """An entry of the audit trail without a time is left out, and the others are shown."""
     backend = MemoryBackend()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from artifacts.backend import Backend, Entry, open_backend
-from artifacts.errors import Conflict, StoreUnavailable
+from artifacts.errors import Conflict, StoreError, StoreUnavailable
 from artifacts.store import Store
 
 DATA = b"x" * 100_000
@@ -169,3 +169,15 @@ def test_local_leftovers(tmp_path: Path) -> None:
     assert isinstance(told, Entry) and told.key == ".tmp/old" and told.size == 5
     assert backend.sweep(500) == [told] and backend.sweep(500) == []
     assert {p.name for p in (tmp_path / "store" / ".tmp").iterdir()} == {"young", "swap-00.lock"}
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder"])
+def test_what_is_no_file_is_never_taken_for_an_object(tmp_path: Path, what: str) -> None:
+    """Whoever reads it, or wants something else in its place, is told what it is, and waits for nothing."""
+    store, key = Store.open(str(tmp_path / "store")), "0" * 64
+    path = tmp_path / "store" / "v1" / "act" / "sft" / f"{key}.json"
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path) if what == "pipe" else path.mkdir()
+    for act in (lambda: store.lookup("sft", key), lambda: store.withdraw_damaged("sft", key, "a test")):
+        with pytest.raises(StoreError, match=rf"{key}.*by hand"):
+            act()

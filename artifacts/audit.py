@@ -30,7 +30,7 @@ from artifacts.download import READINGS
 from artifacts.errors import Damaged, NewerFormat, NotFound
 from artifacts.mark import Tally, Where, by_digest, record_of, shown
 from artifacts.packing import unpack
-from artifacts.record import Record, is_stage, is_withdrawn
+from artifacts.record import Record, is_withdrawn
 from artifacts.store import Store
 from artifacts.trees import File, Part, object_key, read_parts, read_tree
 from artifacts.unreadable import NOT_READ, tolerant
@@ -179,7 +179,7 @@ class _Verifier:
 
     def _check_records(self) -> None:
         keys = {entry.key: record_of(entry.key) for entry in self._backend.list("v1/act/")}
-        for key in [key for key, where in keys.items() if where is None or not is_stage(where[0])]:
+        for key in [key for key, where in keys.items() if where is None]:
             self._found(STRAY_KIND, shown(key), STRAY)
             del keys[key]
         for key, stored in read_many(self._backend, list(keys)):

@@ -66,7 +66,7 @@ class Report:
     leftovers: dict[str, Tally] = field(default_factory=dict)
     """What killed workers left, by kind: removed, or with `dry_run` to be removed."""
     strays: list[str] = field(default_factory=list)
-    """Names among the roots that the store never writes: they keep nothing, and are left alone."""
+    """Names among roots and records that the store never writes: they keep nothing, and are left alone."""
 
     def describe(self) -> dict[str, Any]:
         """Plain data for `--json`."""

@@ -5,11 +5,12 @@ A holder that is merely stopped costs the others an error after `LOCK_SECONDS`, 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from artifacts.errors import StoreUnavailable
 
 LOCK_SECONDS = 20.0
 """Longest wait for another process, which holds a lock for milliseconds when it runs."""
+
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What a file system says that has no locks: some network file systems, and some of those in user space."""
 
 _locks: set[FileIO] = set()
 """The files by which this process holds its locks."""
@@ -56,6 +60,13 @@ def _wait(descriptor: int, what: str) -> None:
                     f"cannot {what}: another process has held the lock of this write for {LOCK_SECONDS:.0f} s; look for a "
                     "stopped process that uses this store"
                 ) from error
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise
+            raise StoreUnavailable(
+                f"cannot {what}: its file system has no locks (flock: {error.strerror}), without which two processes could "
+                "overwrite each other's changes; name a store on a disk of this machine, or on an S3 server, with --store"
+            ) from error
         time.sleep(0.01)
 
 
@@ -68,5 +79,6 @@ def _own(lock: FileIO) -> Iterator[None]:
     finally:
         # To close the file is not enough: a process that is forked in this moment has it open, too.
         if not lock.closed:
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_UN)
         _locks.discard(lock)

@@ -32,7 +32,7 @@ from artifacts.digest import digest_bytes, is_digest, unseal
 from artifacts.errors import Damaged
 from artifacts.intent import CONDEMNED, INTENT, INTENTS
 from artifacts.lineage import Where, lineage
-from artifacts.record import Record, is_withdrawn
+from artifacts.record import Record, is_stage, is_withdrawn
 from artifacts.store import Store
 from artifacts.trees import object_key, parts_of
 
@@ -100,7 +100,7 @@ class Marks:
     unclear: list[str] = field(default_factory=list)
     """Intents that cannot be read, each with what to do about it: a repair cannot tell what their writers rely on."""
     strays: set[str] = field(default_factory=set)
-    """Objects among the roots whose names the store never writes. They are no roots, and are left alone."""
+    """Objects among roots and records whose names the store never writes. They are none, and are left alone."""
     roots: dict[str, int] = field(default_factory=dict)
     """How many roots of each kind there are: `run`, `active`, `pin`, `intent`, `young`."""
     _unclear_since: float = field(init=False)
@@ -220,6 +220,7 @@ class Marks:
         for entry in self.store.backend.list("v1/act/"):
             where = record_of(entry.key)
             if where is None:
+                self.strays.add(entry.key)
                 continue
             if entry.modified >= self.young_since:
                 young.add(where)
@@ -339,7 +340,7 @@ def record_of(key: str) -> Where | None:
     """(stage, key) of a record's object key; None when it is not one."""
     stage, _, name = key.removeprefix("v1/act/").rpartition("/")
     digest = name.removesuffix(".json")
-    return (stage, digest) if stage and name.endswith(".json") and is_digest(digest) else None
+    return (stage, digest) if is_stage(stage) and name.endswith(".json") and is_digest(digest) else None
 
 
 def record_key(stage: str, key: str) -> str:

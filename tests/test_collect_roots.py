@@ -35,6 +35,7 @@ STRAYS = [
     b"v1/run/\xff\xfe.json",
     b"v1/run/active-a\nb.json",
     b"v1/pin/a\nb.json",
+    b"v1/act/copy/sft/%s.json" % (b"0" * 64),
     b"v1/pin/\xff\xfe.json",
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -105,8 +107,6 @@ def test_a_forked_process_holds_no_lock(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_swap_unlocks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock of a compare-and-swap is ended, also when it is refused, and not merely closed: others may have it open."""
-    import fcntl
-
     backend, done, flock = open_backend(str(tmp_path / "store")), [], fcntl.flock
     etag = backend.put("v1/x", b"1")
     monkeypatch.setattr(fcntl, "flock", lambda file, how: (done.append(how), flock(file, how)))
@@ -181,3 +181,18 @@ def test_what_is_no_file_is_never_taken_for_an_object(tmp_path: Path, what: str)
     for act in (lambda: store.lookup("sft", key), lambda: store.withdraw_damaged("sft", key, "a test")):
         with pytest.raises(StoreError, match=rf"{key}.*by hand"):
             act()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has to change an object there is told what is missing and what to do, and nothing was changed."""
+    backend = open_backend(str(tmp_path / "store"))
+    etag = backend.put("v1/x", b"1")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for act in (lambda: backend.put("v1/x", b"2", if_match=etag), lambda: backend.delete("v1/x")):
+        with pytest.raises(StoreUnavailable, match="v1/x .* no locks .* --store"):
+            act()
+    assert backend.get("v1/x").data == b"1"

@@ -191,16 +191,13 @@ class LocalBackend:
         folder = self._path(above) if above else self.root
         for parent, folders, files in os.walk(folder, onerror=self._listing_error):
             folders.sort()
-            for name in sorted(files):
-                path = Path(parent, name)
-                key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix):
-                    try:
-                        status = path.lstat()
-                    except FileNotFoundError:
-                        continue
-                    if not stat.S_ISREG(status.st_mode):
-                        continue
+            base = "" if (relative := Path(parent).relative_to(self.root).as_posix()) == "." else f"{relative}/"
+            for key in sorted(key for name in files if (key := f"{base}{name}").startswith(prefix)):
+                try:
+                    status = os.lstat(os.path.join(parent, key[len(base) :]))
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISREG(status.st_mode):
                     yield Entry(key, status.st_size, status.st_mtime)
 
     def delete(self, key: str) -> None:

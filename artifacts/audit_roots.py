@@ -93,7 +93,7 @@ def _withdrawn_without_a_word(trail: Iterable[Action]) -> set[str]:
         keys = map(str, action.details.get("records", ()))
         if action.action == "restore":
             found.difference_update(keys)
-        elif action.schema == 1:
+        elif action.form == 1:
             found.update(keys)
     return found
 

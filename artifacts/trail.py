@@ -19,8 +19,11 @@ from artifacts.digest import seal, unseal
 
 TRAIL = "v1/audit/"
 PINS = "v1/pin/"
-SCHEMA = 2
-"""Number of the form of entries. Where a collection of the time of form 1 had been, the word `withdrawn` did not stay."""
+FORM = 2
+"""Number of the form of entries; 1 where there is none. Collections of the time of form 1 removed the word `withdrawn`.
+
+It is not their `schema`: of a record in the place of which one lies, that would say that a newer version wrote it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Action:
     """Unix seconds."""
     details: dict[str, Any] = field(default_factory=dict)
     """What it was done to; `records` are the object keys of records that were withdrawn."""
-    schema: int = SCHEMA
+    form: int = FORM
 
     def describe(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -47,7 +50,7 @@ def note(backend: Backend, action: str, because: str = "", **details: Any) -> Ac
     """Add an entry to the trail."""
     entry = Action(action, because, me(), round(time.time(), 3), details)
     name = f"{TRAIL}{int(entry.at * 1000):015d}-{uuid.uuid4().hex}.json"
-    backend.put(name, seal({"schema": SCHEMA, **entry.describe()}))
+    backend.put(name, seal({"schema": 1, "form": FORM, **entry.describe()}))
     return entry
 
 
@@ -63,9 +66,10 @@ def read_trail(backend: Backend) -> Iterator[Action]:
                 continue
         except (ValueError, KeyError):
             continue
-        schema = body.pop("schema", None)
+        body.pop("schema", None)
+        form = body.pop("form", 1)
         if isinstance(body.get("records", []), list):
-            yield Action(action, because, by, float(at), body, 1 if schema == 1 else SCHEMA)
+            yield Action(action, because, by, float(at), body, 1 if form == 1 else FORM)
 
 
 def me() -> str:

@@ -16,7 +16,7 @@ from artifacts.checkpoints import StoredCheckpoints
 from artifacts.collect import collect
 from artifacts.digest import canonical_json, digest_bytes, seal
 from artifacts.errors import Damaged
-from artifacts.keep import forget, pins
+from artifacts.keep import forget, pin, pins
 from artifacts.record import Record, payload_key
 from artifacts.repair import Repair, repair
 from artifacts.store import Store, new_record
@@ -312,6 +312,18 @@ def test_what_was_withdrawn_in_earlier_days_is_no_damage(made: Made) -> None:
     note(made.store.backend, "restore", records=[key])
     made.store.backend.delete(key)
     assert [(finding.key, finding.problem[:10]) for finding in verify(made.store).findings] == [(key, "is missing")]
+
+
+def test_another_kind_of_object_in_the_place_of_a_record_is_damage(made: Made) -> None:
+    """Whatever lies there, nobody is told to update this program for it, and repair clears it."""
+    pin(made.store, "paper", {"tuned": made.tuned})
+    key = f"v1/act/sft/{made.tuned.key}.json"
+    for kind in ("tree", "parts", "run", "pin", "audit", "wip"):
+        other = next(iter(made.store.backend.list(f"v1/{kind}/"))).key
+        made.store.backend.put(key, made.store.backend.get(other).data)
+        assert [finding.key for finding in verify(made.store).findings] == [key], kind
+        assert repair(made.store).unreadable == [key] and verify(made.store).ok
+        assert made.store.commit(made.tuned) == made.tuned
 
 
 class Weighing:

@@ -297,19 +297,19 @@ class Store:
         With `under_way`, instead of the finished runs, those that are not, or were interrupted (see `flows.active`).
         A run object that does not parse, or lacks a field of `RUN_FIELDS`, is left out, and its id added to `skipped`.
         """
-        for entry in sorted(self.backend.list("v1/run/"), key=lambda entry: -entry.modified):
-            name = entry.key.rpartition("/")[2].removesuffix(".json")
-            if name.startswith("active-") != under_way:
+        entries = sorted(self.backend.list("v1/run/"), key=lambda entry: -entry.modified)
+        times = {e.key: e.modified for e in entries if e.key.startswith("v1/run/active-") == under_way}
+        for key, stored in read_many(self.backend, times):
+            if stored is None:
                 continue
+            name = key.rpartition("/")[2].removesuffix(".json")
             try:
-                content = parse_run(self.backend.get(entry.key).data)
-            except NotFound:
-                continue
-            except (ValueError, TooLarge):
+                content = parse_run(stored.data)
+            except ValueError:
                 if skipped is not None:
                     skipped.append(name if name.isprintable() else ascii(name))
                 continue
-            yield name, entry.modified, content
+            yield name, times[key], content
 
 
 def parse_run(data: bytes) -> dict[str, Any]:

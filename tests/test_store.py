@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +21,7 @@ from artifacts.record import WITHDRAWN, Record, payload_key
 from artifacts.sole_writer import SoleWriter
 from artifacts.store import Store, new_record
 from artifacts.trees import Tree, check_path, object_key, object_keys
+from tests.counting import CountingBackend
 
 PAYLOAD = {"algorithm": 1, "stage": "toy", "code": "c", "config": {"x": 1}, "inputs": {}}
 
@@ -442,3 +444,13 @@ def test_an_earlier_write_that_comes_back_undoes_nothing() -> None:
     backend.delete("v1/run/active-1.json")
     writer.write(b"4")
     assert backend.get("v1/run/active-1.json").data == b"4"
+
+
+def test_runs_are_read_in_one_round() -> None:
+    """Telling forty runs costs as many requests as telling one."""
+    backend = CountingBackend(Store.open(f"memory://{uuid.uuid4().hex}").backend)
+    for number in range(40):
+        Store(backend).put_run({"experiment": f"e{number}", "complete": True, "nodes": {}, "config": {}})
+    backend.reset()
+    assert len(list(Store(backend).runs())) == 40
+    assert backend.calls == {"list": 1, "get_many": 1}

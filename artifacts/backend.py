@@ -22,6 +22,7 @@ from typing import Protocol
 
 from artifacts.digest import is_digest
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
+from artifacts.stamp import Stamp
 
 MAX_OBJECT_BYTES = 16 << 20
 """Most bytes that are read into memory at once, so that no store can exhaust it. Blobs are streamed and have no limit."""
@@ -77,9 +78,19 @@ class Backend(Protocol):
         """Write a small object and return its new ETag."""
 
     def put_file(
-        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+        self,
+        key: str,
+        path: Path,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        progress: Progress | None = None,
+        hashed: Stamp | None = None,
     ) -> None:
         """Stream `size` bytes of the file `path` from `offset` (default: all from there on) into an object.
+
+        `hashed` is what the file was before its digest was taken: a backend need not take the digest again where that
+        tells that it was not written since.
 
         Raises:
             StoreError: the key is a blob's, and these are not the bytes that it names: the file changed; nothing is stored.

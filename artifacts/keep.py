@@ -253,7 +253,7 @@ def restore(store: Store, start: str, output: str = "") -> str:
     Where several records were forgotten under one key, `output` is the beginning of the digest of the one that is meant.
 
     Raises:
-        StoreError: it is not in the trash, its output was collected, its stage has been run again to another output, or
+        StoreError: it is not in the trash, its output is gone, its stage has been run again to another output, or
             there are several and nobody said which.
     """
     found = _forgotten(store, start, output)
@@ -269,7 +269,8 @@ def restore(store: Store, start: str, output: str = "") -> str:
         lost = [key for key, size in there.items() if size is None and key != record_key(kind, name)]
         if lost:
             raise StoreError(
-                f"the output of {name[:12]} was collected ({len(lost)} objects are gone); its stage has to run"
+                f"the output of {name[:12]} is gone ({len(lost)} objects of it): it was collected, or removed because it was "
+                "damaged; its stage has to run"
             )
         standing = store.commit(record, announced=True)
     if standing.output != record.output:

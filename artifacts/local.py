@@ -35,6 +35,7 @@ from artifacts.backend import (
 from artifacts.digest import digest_bytes, digest_file
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge, Unreadable
 from artifacts.file_lock import locked
+from artifacts.stamp import Stamp
 
 TEMPORARY = ".tmp"
 FILE_MODE = 0o644
@@ -97,7 +98,14 @@ class LocalBackend:
         return digest_bytes(data)
 
     def put_file(
-        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+        self,
+        key: str,
+        path: Path,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        progress: Progress | None = None,
+        hashed: Stamp | None = None,
     ) -> None:
         with self._errors(key, "write"):
             temporary = self._temporary()

@@ -12,6 +12,7 @@ from pathlib import Path
 from artifacts.backend import MAX_OBJECT_BYTES, Entry, Object, Progress, check_named, get_each, wrong_size
 from artifacts.digest import digest_bytes
 from artifacts.errors import Conflict, NotFound, TooLarge
+from artifacts.stamp import Stamp
 
 _NAMED: dict[str, MemoryBackend] = {}
 
@@ -55,7 +56,14 @@ class MemoryBackend:
             return etag
 
     def put_file(
-        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+        self,
+        key: str,
+        path: Path,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        progress: Progress | None = None,
+        hashed: Stamp | None = None,
     ) -> None:
         with open(path, "rb") as file:
             file.seek(offset)

@@ -91,7 +91,8 @@ def split(size: int, part_bytes: int) -> list[Part]:
 class Transfer:
     """One object on its way: `work` runs for each part on some thread, `finish` in order on the caller's.
 
-    `work` may use the buffer, and `finish` takes what it returned, while the buffer is still the part's.
+    `work` may use the buffer, and `finish` takes what it returned, while the buffer is still the part's. If that lies
+    elsewhere (`kept` is false), the buffer is free again after `work`, and a part that is slow does not hold up the others.
     """
 
     def __init__(
@@ -100,14 +101,16 @@ class Transfer:
         work: Callable[[int, Part, mmap], Any],
         finish: Callable[[Part, Any], Any],
         buffers: Buffers = BUFFERS_OF_PROCESS,
+        *,
+        kept: bool = True,
     ) -> None:
-        self._parts, self._work, self._finish, self._buffers = parts, work, finish, buffers
+        self._parts, self._work, self._finish, self._buffers, self._kept = parts, work, finish, buffers, kept
         self._begin = threading.Lock()
         self._changed = threading.Condition()
         self._next = 0
         self._error: BaseException | None = None
         self._stopped = False
-        self._ready: dict[int, tuple[mmap, Any]] = {}
+        self._ready: dict[int, tuple[mmap | None, Any]] = {}
 
     def run(self) -> list[Any]:
         """What `finish` returned for each part, in order. The first failure ends the whole, once no thread is at work."""
@@ -125,17 +128,21 @@ class Transfer:
                     results.append(self._finish(part, result))
                 finally:
                     del result
-                    self._buffers.give(buffer)
+                    self._give(buffer)
         finally:
             self._stopped = True
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
             for buffer, _ in self._ready.values():
-                self._buffers.give(buffer)
+                self._give(buffer)
         return results
 
-    def _wait_for(self, index: int) -> tuple[mmap, Any]:
+    def _give(self, buffer: mmap | None) -> None:
+        if buffer is not None:
+            self._buffers.give(buffer)
+
+    def _wait_for(self, index: int) -> tuple[mmap | None, Any]:
         with self._changed:
             while index not in self._ready:
                 if self._error is not None:
@@ -164,6 +171,8 @@ class Transfer:
                     self._error = self._error or error
                     self._changed.notify()
                 return
+            if not self._kept:
+                self._buffers.give(buffer)
             with self._changed:
-                self._ready[index] = (buffer, result)
+                self._ready[index] = (buffer if self._kept else None, result)
                 self._changed.notify()

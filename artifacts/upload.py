@@ -25,6 +25,7 @@ from artifacts.digest import digest_bytes, update_from
 from artifacts.errors import StoreError
 from artifacts.intent import intent
 from artifacts.packing import MAX_BYTES, pack
+from artifacts.stamp import Stamp
 from artifacts.tensors import Cut, cuts
 from artifacts.trees import File, Part, Tree, check_path, check_together, object_key, parts_list
 
@@ -137,6 +138,8 @@ class _Source:
     parts: list[Part] = field(default_factory=list)
     """Its blobs as far as they are hashed."""
     digest: str = ""
+    stamp: Stamp | None = None
+    """What the file was before it was hashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +212,7 @@ class _Upload:
     def _hashed(self) -> Iterator[_Blob]:
         """Every blob, in order, as soon as its digest is known; the digest of a file is known after its last blob."""
         for source in self._sources:
+            source.stamp = Stamp.of(source.file)
             try:
                 if source.cuts:
                     yield from self._hashed_parts(source)
@@ -273,7 +277,8 @@ class _Upload:
     def _put_blob(self, blob: _Blob) -> None:
         source, part = blob.source, blob.part
         if blob.packed is None:
-            self._backend.put_file(blob.key, source.file, offset=part.offset, size=part.size, progress=self._meter.add)
+            where = {"offset": part.offset, "size": part.size}
+            self._backend.put_file(blob.key, source.file, **where, progress=self._meter.add, hashed=source.stamp)
             return
         self._backend.put(blob.key, blob.packed)
         self._meter.add(part.size)

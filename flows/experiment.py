@@ -262,6 +262,8 @@ def _explain(mistake: Any, content: dict[str, Any]) -> str:
     if mistake["type"] == "union_tag_not_found":
         known = [name for name in content.get("treatments") or {} if name != path[-1]]
         return f"{where}: no method; expected method: sft, dpo, rl or adversarial. Other treatments here: {', '.join(known)}"
+    if mistake["type"] in ("tuple_type", "list_type"):
+        return f"{where}: expected a list, as in [0, 1, 2]{found}"
     return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{found}"
 
 

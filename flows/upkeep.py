@@ -161,6 +161,10 @@ def _repair(options: argparse.Namespace) -> int:
     lines += [f"{would}withdrawn: {key}, which has no intact copy" for key in result.unreadable]
     if result.withdrawn or result.unreadable:
         lines += [f"{'would' if options.dry_run else 'will'} run again when needed: {_reruns(result)}"]
+        if options.dry_run:
+            lines += [
+                "if there is a copy somewhere, name it now with --from or --from-store: what is withdrawn is not looked for"
+            ]
     lines = lines or [f"intact: nothing to repair{_left_alone(result.verification)}"]
     lines[:0] = [f"stray: {_once(finding.key, finding.problem)}" for finding in result.verification.strays]
     tell_result(result.describe(), "\n".join(lines), as_json=options.json)

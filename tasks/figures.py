@@ -285,7 +285,7 @@ def _point(axis: Any, x: float, found: Sequence[Estimate], colour: str, marker: 
     if len(found) > 1:
         axis.plot([x + 0.09] * len(found), [100 * e.value for e in found], ".", color=colour, markersize=4, alpha=0.6)
     if label:
-        shown = f"{value:.0f}" if value >= 10 or round(value, 1) == round(value) else f"{value:.1f}"
+        shown = f"{value:.1f}".removesuffix(".0")
         axis.annotate(shown, (x, high), (0, 4), textcoords="offset points", ha="center", fontsize=8, color=INK)
 
 

@@ -48,12 +48,11 @@ def render_page(view: Mapping[str, Any]) -> str:
 
 
 def percent(value: float) -> str:
-    """A rate as per cent, with a decimal where it says something: 0, 0.03, 0.5, 43, 99.8, 100."""
+    """A rate as per cent, with a decimal where it says something: 0, 0.03, 0.5, 23.5, 43, 99.8, 100."""
     shown = 100 * value
     if 0 < shown < 0.05:
         return f"{shown:.0e}".replace("e-0", "e-") if shown < 0.001 else f"{shown:.1g}"
-    close = min(abs(shown), abs(100 - shown)) < 10 and round(shown, 1) != round(shown)
-    return f"{shown:.1f}" if close else f"{shown:.0f}"
+    return f"{shown:.1f}".removesuffix(".0")
 
 
 def interval(estimate: Estimate) -> str:

@@ -7,12 +7,14 @@ import random
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from artifacts import s3, stamp
 from artifacts.backend import Backend, open_backend
-from artifacts.digest import digest_bytes
+from artifacts.digest import digest_bytes, update_from
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
 from artifacts.parts import BUFFERS_OF_PROCESS, PART_BYTES
 from artifacts.s3 import GET_PART_BYTES
@@ -281,6 +283,32 @@ def test_a_file_that_changes_while_it_is_sent(s3_url: str, tmp_path: Path, monke
     with pytest.raises(StoreError, match="changed while"):
         backend.put_file(key, tmp_path / "source", size=len(data))
     assert sum(passes) == 2 and backend.size(key) is None
+
+
+@pytest.mark.parametrize("settled", [True, False])
+@pytest.mark.parametrize("when", ["never", "before it is sent", "while it is sent"])
+def test_a_large_file_that_was_hashed_before(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settled: bool, when: str
+) -> None:
+    """It is hashed again only if it may have been written since, and what was written since is not stored as what it was."""
+    data, path, again = some_bytes(PART_BYTES + 12_345), tmp_path / "source", []
+    key = f"v1/cas/{digest_bytes(data)[:2]}/{digest_bytes(data)}"
+    path.write_bytes(data)
+    monkeypatch.setattr(stamp, "SETTLED_SECONDS", -1.0 if settled else 1e6)
+    monkeypatch.setattr(s3, "update_from", lambda *read: (again.append(read), update_from(*read)))
+    hashed, backend = stamp.Stamp.of(path), open_backend(s3_url)
+
+    def change(*moved: int) -> None:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    if when == "before it is sent":
+        change()
+    with nullcontext() if when == "never" else pytest.raises(StoreError, match="changed while"):
+        backend.put_file(
+            key, path, size=len(data), hashed=hashed, progress=change if when == "while it is sent" else None
+        )
+    assert backend.size(key) == (len(data) if when == "never" else None)
+    assert bool(again) == (not settled or when == "before it is sent")
 
 
 def test_files_that_are_not_there(backend: Backend, tmp_path: Path) -> None:

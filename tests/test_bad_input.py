@@ -31,6 +31,7 @@ MISTAKES = {
     "repeated seeds": (["seeds=[1, 1]"], ["seeds", "[1, 1]"]),
     "not a section": (["name.x=1"], ["name", "not a section"]),
     "no value": (["name"], ["KEY=VALUE"]),
+    "seeds that are no list": (["seeds=1"], ["seeds", "[0, 1, 2]", "found 1"]),
     "seeds that are not numbers": (["seeds=[true]"], ["seeds"]),
     "blank behaviour": (["policy.behaviour=' '"], ["policy.behaviour"]),
     "evaluation cue in the training data": (

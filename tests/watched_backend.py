@@ -55,9 +55,9 @@ class Watched:
             self.calls.append(("put_file", key))
             self.sent += size
 
-    def put_file(self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Any = None) -> None:
+    def put_file(self, key: str, path: Path, *, offset: int = 0, size: int | None = None, **options: Any) -> None:
         self._count(key, path.stat().st_size - offset if size is None else size)
-        self._backend.put_file(key, path, offset=offset, size=size, progress=progress)
+        self._backend.put_file(key, path, offset=offset, size=size, **options)
 
     def get(self, key: str, **how: Any) -> Object:
         found: Object = self._backend.get(key, **how)

@@ -20,6 +20,7 @@ from artifacts.digest import digest_bytes
 from artifacts.errors import Conflict, NotFound, StoreUnavailable
 from artifacts.retry import BRIEF, PATIENT, SHORTEST_PAUSE, Patience, persist
 from artifacts.s3_client import READ_SECONDS
+from artifacts.stamp import Stamp
 from tests.simulation.scheduler import EPOCH, Process, World
 
 PAGE = 7
@@ -112,7 +113,14 @@ class SimulatedBackend:
         return self._call(verb, key, lambda: self._server.put(key, data, by, if_absent, if_match))
 
     def put_file(
-        self, key: str, path: Path, *, offset: int = 0, size: int | None = None, progress: Progress | None = None
+        self,
+        key: str,
+        path: Path,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        progress: Progress | None = None,
+        hashed: Stamp | None = None,
     ) -> None:
         with open(path, "rb") as file:
             file.seek(offset)

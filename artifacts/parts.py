@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from mmap import mmap
 from typing import Any
 
-PART_BYTES = 32 << 20
-"""Length of a part, and of a buffer. S3 takes 5 MiB to 5 GiB and 10,000 parts: 312 GiB in one object."""
+PART_BYTES = 16 << 20
+"""Length of a part, and of a buffer. S3 takes 5 MiB to 5 GiB and 10,000 parts: 156 GiB in one object."""
 PARTS_AT_ONCE = 4
 """Threads of one transfer."""
 BUFFERS = 8
-"""Parts in memory in all: 256 MiB."""
+"""Parts in memory in all: 128 MiB."""
 MAX_PARTS = 10_000
 
 Part = tuple[int, int]

@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from artifacts.digest import is_digest
 from artifacts.errors import Conflict, Damaged, NotFound, StoreError, StoreUnavailable, TooLarge
 from artifacts.stamp import Stamp
 
+T = TypeVar("T")
 MAX_OBJECT_BYTES = 16 << 20
 """Most bytes that are read into memory at once, so that no store can exhaust it. Blobs are streamed and have no limit."""
 READ_AT_ONCE = 500
@@ -209,14 +210,20 @@ def get_each(backend: Backend, keys: Iterable[str], limit: int) -> dict[str, Obj
     return found
 
 
+def rounds(names: Iterable[T]) -> Iterator[list[T]]:
+    """`names`, as many at a time as one round of requests asks for, each once in a round."""
+    left = iter(names)
+    while some := list(dict.fromkeys(islice(left, READ_AT_ONCE))):
+        yield some
+
+
 def read_many(backend: Backend, keys: Iterable[str]) -> Iterator[tuple[str, Object | None]]:
     """`get_many` of any number of keys, in their order, a round at a time.
 
     What is not small is read by itself, so that no store can fill the memory with one round of what is just not too large:
     it takes at most `READ_AT_ONCE * SMALL_BYTES`, or one object of `MAX_OBJECT_BYTES`.
     """
-    left = iter(keys)
-    while some := list(dict.fromkeys(islice(left, READ_AT_ONCE))):
+    for some in rounds(keys):
         found = backend.get_many(some, limit=SMALL_BYTES)
         for key in some:
             stored = found.pop(key)

@@ -10,10 +10,9 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
-from artifacts.backend import READ_AT_ONCE, read_many
+from artifacts.backend import read_many, rounds
 from artifacts.digest import canonical_json, is_digest, parse_canonical, seal, unseal
 from artifacts.errors import Conflict, Damaged, StoreError
 from artifacts.intent import intent
@@ -26,7 +25,6 @@ from artifacts.trees import object_keys, object_keys_of
 from artifacts.withdrawn import Withdrawal, withdrawals
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
-T = TypeVar("T")
 SHORTEST_KEY = 4
 """Hexadecimal digits of a key that a person has to type at least."""
 
@@ -84,7 +82,7 @@ def pin(store: Store, label: str, records: Mapping[str, Record], because: str = 
         family.add(record)
     kept = family.above((record.stage, record.key) for record in records.values())
     with intent(store.backend, [name, *family.needs(store, kept)], store.clock, store.say):
-        for some in _rounds(kept):
+        for some in rounds(kept):
             family.require(store, some)
         try:
             store.backend.put(name, seal({"schema": 1, **made.describe()}), if_absent=True)
@@ -183,7 +181,7 @@ class _Family:
         """That of all readable records, each of which is read."""
         family = _Family()
         names = (where for entry in store.backend.list("v1/act/") if (where := record_of(entry.key)) is not None)
-        for some in _rounds(names):
+        for some in rounds(names):
             for record in store.lookup_many(some, {}).values():
                 if record is not None:
                     family.add(record)
@@ -205,7 +203,7 @@ class _Family:
         yield from (record_key(*where) for where in kept)
         outputs = {self.outputs[where] for where in kept}
         inputs = {tree for where in kept for tree in self.inputs[where] if is_digest(tree)}
-        for some in _rounds(sorted(outputs | inputs)):
+        for some in rounds(sorted(outputs | inputs)):
             for digest, keys in object_keys_of(store, some):
                 if not isinstance(keys, Damaged):
                     yield from (key for key, _ in keys)
@@ -336,12 +334,6 @@ def wanted_record(stage: str, payload: dict[str, Any], symbols: dict[str, str], 
     return new_record(
         stage=stage, key=payload_key(payload), payload=payload, symbols=symbols, node=node, output="0" * 64, size=0
     )
-
-
-def _rounds(names: Iterable[T]) -> Iterator[list[T]]:
-    left = iter(names)
-    while some := list(islice(left, READ_AT_ONCE)):
-        yield some
 
 
 def _require_outputs(store: Store, records: Iterable[Record]) -> None:

@@ -135,6 +135,11 @@ def list_runs(store: str | None, *, under_way: bool = False) -> list[Run]:
     return runs
 
 
+def list_every_run(store: str | None) -> list[Run]:
+    """The runs that are finished, and those that are not or were interrupted, newest first."""
+    return sorted([*list_runs(store), *list_runs(store, under_way=True)], key=lambda run: -run.finished)
+
+
 def list_unfinished(store: str | None, finished: list[Run]) -> list[Run]:
     """The runs that are under way or were stopped, newest first, but those that were run again to their end since."""
     return [
@@ -157,8 +162,7 @@ def find_output(store: str | None, name: str, run: str | None = None) -> Output:
         StoreError: there is no store.
     """
     opened = open_store(store)
-    runs = [*list_runs(store), *list_runs(store, under_way=True)]
-    runs.sort(key=lambda found: -found.finished)
+    runs = list_every_run(store)
     if run is not None:
         runs = [pick(runs, run, opened.backend.url)]
     having = [found for found in runs if name in found.nodes]

